@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NATIVE', 'new_model', 'forward_logits', 'save_model', 'list_models', 'describe_model', 'import_nanogpt',
+__all__ = ['NATIVE', 'new_model', 'forward_logits', 'save_model', 'as_bridge', 'list_models', 'describe_model', 'import_nanogpt',
            'import_llama2c', 'load_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
@@ -74,7 +74,7 @@ def forward_logits(module: nn.Module, tokens: Int[Tensor, "batch pos"]) -> Float
     if not hasattr(module, "config"): return module(tokens)
     return module(input_ids=tokens, use_cache=False).logits
 
-# %% ../nbs/04_models.ipynb #0e6e917f
+# %% ../nbs/04_models.ipynb #d93e3799
 def _packed_weights(module: nn.Module, dtype) -> dict[str, Tensor]:
     "The weights by name in `dtype`, each tied group once; an `InputError` where a number is not finite or does not fit."
     import torch
@@ -86,7 +86,8 @@ def _packed_weights(module: nn.Module, dtype) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all(): raise InputError("module", name, "this weight holds NaN or infinity; nothing was written")
         packed[name] = tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
         if not torch.isfinite(packed[name]).all():
-            raise InputError("module", name, f"its largest weight, {tensor.abs().max().item():.3g}, does not fit in {dtype}; nothing was written; bfloat16 would hold it")
+            largest = tensor.abs().max().item()
+            raise InputError("module", name, f"its largest weight, {largest:.3g}, does not fit in {dtype}; nothing was written; bfloat16 would hold it")
     return packed
 
 def _config_dict(module: nn.Module) -> dict:
@@ -132,7 +133,7 @@ def save_model(module: nn.Module, tokenizer: PreTrainedTokenizerFast | Tokenizer
     if training is not None: files["training.json"] = _json_bytes("training", dict(training))
     return _write_together(Path(path), files)
 
-# %% ../nbs/04_models.ipynb #996a96a0
+# %% ../nbs/04_models.ipynb #5643c620
 def _safetensors_header(path: Path) -> dict[str, dict]:
     "The header of a safetensors file by tensor name; an `InputError` for a pickle, a truncated file or a damaged header."
     size = path.stat().st_size
@@ -148,10 +149,11 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise InputError("weights", str(path), "its header is damaged, so it is no safetensors file; fetch it again") from error
-    if 8 + length + end != size: raise InputError("weights", str(path), f"truncated or damaged: {size:,} bytes where its header says {8 + length + end:,}; fetch it again")
+    if 8 + length + end != size:
+        raise InputError("weights", str(path), f"truncated or damaged: {size:,} bytes where its header says {8 + length + end:,}; fetch it again")
     return header
 
-# %% ../nbs/04_models.ipynb #e8688ffe
+# %% ../nbs/04_models.ipynb #4e156449
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 def _checked_config(folder: Path) -> dict:
@@ -165,12 +167,12 @@ def _checked_config(folder: Path) -> dict:
     weights = sorted(folder.glob("model*.safetensors"))
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
     if not weights and pickles:
-        raise InputError("path", str(folder / pickles[0]), "only pickled weights in this folder; they can run code and are never opened: save the model as model.safetensors")
+        raise InputError("path", str(folder / pickles[0]), "only pickled weights here; they can run code and are never opened: save the model as model.safetensors")
     if not weights: raise InputError("path", str(folder), "no model.safetensors in this folder")
     for file in weights: _safetensors_header(file)
     return config
 
-# %% ../nbs/04_models.ipynb #586b34d3
+# %% ../nbs/04_models.ipynb #fb94ae41
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     "No progress bar and no warning from transformers inside the block."
@@ -182,6 +184,7 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()
 
+# %% ../nbs/04_models.ipynb #8f2c5608
 def _load_hf(folder: Path, class_name: str, dtype) -> nn.Module:
     "A Hugging Face module from a checked folder, every weight of it from the file."
     import transformers
@@ -193,10 +196,10 @@ def _load_hf(folder: Path, class_name: str, dtype) -> nn.Module:
             module, info = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager", use_safetensors=True,
                                                        local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error: raise InputError("path", str(folder), f"transformers cannot load it: {_first_line(error)}") from error
-    if info["mismatched_keys"]:
-        name, stored, wanted = sorted(info["mismatched_keys"])[0]
-        raise InputError("path", str(folder / "model.safetensors"), f"{name} has shape {tuple(stored)}, but config.json asks for {tuple(wanted)}; the two are of different models")
-    if info["missing_keys"]: raise InputError("path", str(folder / "model.safetensors"), f"lacks the weight {sorted(info['missing_keys'])[0]}, which config.json asks for")
+    weights = str(folder / "model.safetensors")
+    for name, stored, wanted in sorted(info["mismatched_keys"]):
+        raise InputError("path", weights, f"{name} has shape {tuple(stored)}, but config.json asks for {tuple(wanted)}; they are of different models")
+    for name in sorted(info["missing_keys"]): raise InputError("path", weights, f"lacks the weight {name}, which config.json asks for")
     return module
 
 def _load_native(folder: Path, config: Mapping, dtype) -> nn.Module:
@@ -210,7 +213,7 @@ def _load_native(folder: Path, config: Mapping, dtype) -> nn.Module:
         raise InputError("path", str(folder / "model.safetensors"), f"does not fit config.json: {' '.join(str(error).split())[:200]}") from error
     return module.to(dtype)
 
-# %% ../nbs/04_models.ipynb #01f3a961
+# %% ../nbs/04_models.ipynb #d5849c8a
 def _give_tokenizer(bridge: TransformerBridge, tokenizer: PreTrainedTokenizerFast | None, source: str) -> None:
     "Attach a tokenizer as it is; text gets a begin token only where the tokenizer has one."
     bridge.cfg.default_prepend_bos = bridge.cfg.tokenizer_prepends_bos = False
@@ -223,7 +226,7 @@ def _give_tokenizer(bridge: TransformerBridge, tokenizer: PreTrainedTokenizerFas
         bridge.cfg.tokenizer_appends_eos = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
     bridge.tokenizer = tokenizer
 
-def _as_bridge(module: nn.Module, tokenizer: PreTrainedTokenizerFast | None, source: str, device: str) -> TransformerBridge:
+def as_bridge(module: nn.Module, tokenizer: PreTrainedTokenizerFast | None = None, source: str = "model", device: str = "cpu") -> TransformerBridge:
     "A bridge around a plain module, in eval mode, with eager attention so that every score and pattern passes a hook."
     from transformer_lens.model_bridge.sources import build_bridge_from_module
     module = module.eval().to(device)
@@ -235,7 +238,7 @@ def _as_bridge(module: nn.Module, tokenizer: PreTrainedTokenizerFast | None, sou
     _give_tokenizer(bridge, tokenizer, source)
     return bridge.eval()
 
-# %% ../nbs/04_models.ipynb #790a38e3
+# %% ../nbs/04_models.ipynb #51ae0567
 def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | None:
     "The tokenizer in a `tokenizer.json`, None where there is no such file; begin and end tokens are those that the configuration names."
     from tokenizers import Tokenizer
@@ -251,17 +254,18 @@ def _load_folder(folder: Path, name: str, device: str, dtype) -> TransformerBrid
     config = _checked_config(folder)
     kind = config["architectures"][0]
     module = _load_native(folder, config, dtype) if kind == NATIVE else _load_hf(folder, kind, dtype)
-    return _as_bridge(module, _load_tokenizer(folder / "tokenizer.json", config), name, device)
+    return as_bridge(module, _load_tokenizer(folder / "tokenizer.json", config), name, device)
 
-# %% ../nbs/04_models.ipynb #e76d2063
+# %% ../nbs/04_models.ipynb #70f0b8ca
 def list_models() -> list[str]:
     "The names of the shipped models: every folder below `models/` that holds a `config.json`."
     root = home() / "models"
     found = (path.parent.relative_to(root).as_posix() for path in root.rglob("config.json"))
-    return sorted((name for name in found if not any(part.startswith(".") for part in name.split("/"))), key=lambda name: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", name)])
+    def by_number(name: str) -> list: return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return sorted((name for name in found if not any(part.startswith(".") for part in name.split("/"))), key=by_number)
 
 def describe_model(name: str) -> dict[str, Any]:
-    "One row of a table of models, read from the files alone: parameters, layers, heads, width, context (tokens) and validation loss (nats a token), None where unknown."
+    "One row of a table, from the files alone: parameters, layers, heads, width, context (tokens), validation loss (nats a token; None if unknown)."
     folder = home() / "models" / check_choice("name", name, list_models())
     config, header = _checked_config(folder), _safetensors_header(folder / "model.safetensors")
     record = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
@@ -271,14 +275,15 @@ def describe_model(name: str) -> dict[str, Any]:
             "n_heads": first("n_heads", "n_head", "num_attention_heads"), "d_model": first("d_model", "n_embd", "hidden_size"),
             "n_ctx": first("n_ctx", "n_positions", "max_position_embeddings"), "validation_loss": record.get("validation_loss")}
 
-# %% ../nbs/04_models.ipynb #d5bf4faa
+# %% ../nbs/04_models.ipynb #14819a84
 def _read_checkpoint(path: Path) -> dict:
     "The dictionary in a PyTorch checkpoint, opened with `weights_only=True`."
     import pickle, torch
     if not path.is_file(): raise InputError("path", str(path), "there is no such file")
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        refusal = "it holds more than tensors and plain values, which could run code" if "weights_only" in str(error) or "Unsupported" in str(error) else "truncated or damaged"
+        unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
+        refusal = "it holds more than tensors and plain values, which could run code" if unsafe else "truncated or damaged"
         raise InputError("path", str(path), f"not opened: {refusal}; a nanoGPT ckpt.pt holds model and model_args") from error
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict) and isinstance(checkpoint.get("model_args"), dict)):
         raise InputError("path", str(path), "not a nanoGPT checkpoint: it lacks model or model_args")
@@ -289,13 +294,14 @@ def _nanogpt_config(arguments: Mapping, path: Path):
     needed = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     for key in needed:
         if not isinstance(arguments.get(key), int) or arguments[key] < 1: raise InputError("path", str(path), f"its model_args lack a positive {key}")
-    if arguments["n_embd"] % arguments["n_head"]: raise InputError("path", str(path), f"its n_embd {arguments['n_embd']} is no multiple of its n_head {arguments['n_head']}")
+    if arguments["n_embd"] % arguments["n_head"]:
+        raise InputError("path", str(path), f"its n_embd {arguments['n_embd']} is no multiple of its n_head {arguments['n_head']}")
     drop = float(arguments.get("dropout") or 0.0)
     return _hf_config("GPT2LMHeadModel", {"n_layer": arguments["n_layer"], "n_head": arguments["n_head"], "n_embd": arguments["n_embd"],
                       "n_positions": arguments["block_size"], "vocab_size": arguments["vocab_size"], "activation_function": "gelu",
                       "resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop})
 
-# %% ../nbs/04_models.ipynb #64d5f306
+# %% ../nbs/04_models.ipynb #1f3acff4
 def import_nanogpt(path: str | Path) -> GPT2LMHeadModel:
     "The model in a nanoGPT `ckpt.pt`, with the same logits; `InputError` for any other file. nanoGPT keeps its vocabulary elsewhere."
     import torch
@@ -310,14 +316,14 @@ def import_nanogpt(path: str | Path) -> GPT2LMHeadModel:
         weight = given.pop(name, None)
         if weight is None and name.endswith(".bias"): weight = torch.zeros_like(wanted)
         if not isinstance(weight, torch.Tensor): raise InputError("path", str(path), f"lacks the weight {name}")
-        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")): weight = weight.mT
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) and weight.dim() == 2: weight = weight.t()
         if weight.shape != wanted.shape: raise InputError("path", str(path), f"{name} has shape {tuple(weight.shape)}, but model_args ask for {tuple(wanted.shape)}")
         weights[name] = weight.float()
     if given: raise InputError("path", str(path), f"holds the weight {next(iter(given))}, which nanoGPT does not have")
     module.load_state_dict(weights)
     return module
 
-# %% ../nbs/04_models.ipynb #2e52f520
+# %% ../nbs/04_models.ipynb #b86166a3
 _LLAMA2C = struct.Struct("<7i")
 
 def _llama2c_shapes(dim: int, hidden: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int) -> dict[str, tuple[int, ...]]:
@@ -339,11 +345,12 @@ def _read_llama2c(path: Path) -> tuple[tuple[int, ...], dict[str, Tensor]]:
     if not plausible: raise InputError("path", str(path), f"not a llama2.c version-0 file: its header reads dim, hidden_dim, ... = {numbers}")
     shapes = _llama2c_shapes(*numbers)
     expected = _LLAMA2C.size + 4 * sum(map(math.prod, shapes.values()))
-    if len(content) != expected: raise InputError("path", str(path), f"truncated or of another version: {len(content):,} bytes, but its header asks for {expected:,}")
+    if len(content) != expected:
+        raise InputError("path", str(path), f"truncated or of another version: {len(content):,} bytes, but its header asks for {expected:,}")
     parts = torch.frombuffer(bytearray(content), dtype=torch.float32, offset=_LLAMA2C.size).split([math.prod(s) for s in shapes.values()])
     return numbers, {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
 
-# %% ../nbs/04_models.ipynb #cf19f7e4
+# %% ../nbs/04_models.ipynb #c23fef0e
 def _half_split(weight: Float[Tensor, "layer head_times_d_head d_model"], heads: int) -> Float[Tensor, "layer head_times_d_head d_model"]:
     "Rows from neighbouring rotary pairs to half-split ones."
     from einops import rearrange
@@ -355,10 +362,11 @@ _LLAMA_NAMES = {"attention_norm": "input_layernorm", "wq": "self_attn.q_proj", "
 def _llama_weights(arrays: Mapping[str, Tensor], heads: int, kv_heads: int) -> dict[str, Tensor]:
     "A version-0 file's arrays under the names of `LlamaForCausalLM`."
     arrays = {**arrays, "wq": _half_split(arrays["wq"], heads), "wk": _half_split(arrays["wk"], kv_heads)}
-    named = {"model.embed_tokens.weight": arrays["embedding"], "model.norm.weight": arrays["final_norm"], "lm_head.weight": arrays.get("unembedding", arrays["embedding"])}
+    named = {"model.embed_tokens.weight": arrays["embedding"], "model.norm.weight": arrays["final_norm"],
+             "lm_head.weight": arrays.get("unembedding", arrays["embedding"])}
     return named | {f"model.layers.{layer}.{theirs}.weight": weight for ours, theirs in _LLAMA_NAMES.items() for layer, weight in enumerate(arrays[ours])}
 
-# %% ../nbs/04_models.ipynb #b22c2db5
+# %% ../nbs/04_models.ipynb #d1164523
 def _llama2c_tokenizer(path: Path, size: int) -> PreTrainedTokenizerFast:
     "The tokenizer of a character vocabulary file: one token for each character, `<s>` before a text, a space written as `▁`."
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -367,7 +375,8 @@ def _llama2c_tokenizer(path: Path, size: int) -> PreTrainedTokenizerFast:
     try: lines = [line for line in path.read_bytes().decode("utf-8").split("\n") if line]
     except UnicodeDecodeError as error: raise InputError("vocab", str(path), f"not a UTF-8 text file: {error}") from error
     names = [line.rpartition("\t")[0] or line for line in lines]
-    if len(names) != size or len(set(names)) != size: raise InputError("vocab", str(path), f"{len(set(names))} different tokens on {len(names)} lines, but the model has {size}")
+    if len(names) != size or len(set(names)) != size:
+        raise InputError("vocab", str(path), f"{len(set(names))} different tokens on {len(names)} lines, but the model has {size}")
     if names[:3] != ["<unk>", "<s>", "</s>"] or any(len(name) != 1 for name in names[3:]):
         raise InputError("vocab", str(path), "only character vocabularies are read: <unk>, <s>, </s>, then one character a line")
     tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
@@ -393,7 +402,7 @@ def import_llama2c(path: str | Path, vocab: str | Path) -> tuple[LlamaForCausalL
     if not all(torch.isfinite(weight).all() for weight in module.parameters()): raise InputError("path", str(path), "some of its weights are NaN or infinite")
     return module, tokenizer
 
-# %% ../nbs/04_models.ipynb #374e51bb
+# %% ../nbs/04_models.ipynb #62ecb754
 def _load_hub(name: str, device: str, dtype) -> TransformerBridge:
     "A model of the Hugging Face hub, through TransformerLens."
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -415,9 +424,10 @@ def _load_file(path: Path, device: str, dtype) -> TransformerBridge:
     if path.suffix == ".pt": module, tokenizer = import_nanogpt(path), _load_tokenizer(path.with_name("tokenizer.json"), {})
     else:
         vocabs = sorted(path.parent.glob("tok*.vocab"))
-        if len(vocabs) != 1: raise InputError("name", str(path), f"{len(vocabs)} vocabularies tok*.vocab beside it, one is needed; import_llama2c(path, vocab) takes any")
+        if len(vocabs) != 1:
+            raise InputError("name", str(path), f"{len(vocabs)} vocabularies tok*.vocab beside it, one is needed; import_llama2c(path, vocab) takes any")
         module, tokenizer = import_llama2c(path, vocabs[0])
-    return _as_bridge(module.to(dtype), tokenizer, str(path), device)
+    return as_bridge(module.to(dtype), tokenizer, str(path), device)
 
 # %% ../nbs/04_models.ipynb #2a2e8d83
 def load_model(name: str | Path, device: str | None = None, dtype: Any = None) -> TransformerBridge:

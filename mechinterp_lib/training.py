@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['SNAPSHOTS', 'Recipe', 'gpt2', 'recipes', 'load_recipe', 'learning_rate', 'd_vocab', 'mixed_precision',
+__all__ = ['ALPHABET', 'SNAPSHOTS', 'Recipe', 'gpt2', 'recipes', 'load_recipe', 'learning_rate', 'd_vocab', 'mixed_precision',
            'use_float32_attention', 'use_byte_dropout', 'training_batch', 'validation_rows', 'next_token_loss',
            'validation_loss', 'training_step', 'run_dir', 'load_weights', 'snapshots', 'train']
 
@@ -55,7 +55,8 @@ class Recipe:
         check_choice("repeat_kind", self.repeat_kind, ["random", "natural"])
         if not 0 <= self.repeat_fraction <= 1: raise InputError("repeat_fraction", self.repeat_fraction, "allowed: 0 to 1")
 
-# %% ../nbs/05_training.ipynb #aa4b276e
+# %% ../nbs/05_training.ipynb #1943e950
+ALPHABET = "\n !$&',-.3:;?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"   # the 65 characters of tinyshakespeare
 SNAPSHOTS = (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 750, *range(1000, 5001, 250))
 
 def gpt2(n_layer: int, n_head: int, n_embd: int, *, dropout: float = 0.1, n_ctx: int = 128, vocab_size: int = 65) -> dict:
@@ -272,10 +273,10 @@ class _Run:
         self.losses = []
         return self.log[-1]
 
-# %% ../nbs/05_training.ipynb #b07a85ec
+# %% ../nbs/05_training.ipynb #bea38407
 def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedTokenizerFast]:
     "A run at its last checkpoint, or at step 0."
-    text = load_text(recipe.corpus) if recipe.corpus else _ALPHABET
+    text = load_text(recipe.corpus) if recipe.corpus else ALPHABET
     tokenizer = char_tokenizer(text)
     tokens = split(encode(tokenizer, text)) if recipe.corpus else (None, None)
     if d_vocab(recipe) != len(tokenizer): raise InputError("architecture", d_vocab(recipe), f"the vocabulary has {len(tokenizer)} characters")
@@ -287,8 +288,6 @@ def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedToke
     run = _Run(recipe, seed, module, _optimizer(module, recipe), tokens[0], validation_rows(recipe, tokens[1]), run_dir(recipe, seed), device)
     _load_checkpoint(run.folder / "checkpoint.pt", run)
     return run, tokenizer
-
-_ALPHABET = "\n !$&',-.3:;?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"      # the characters of tinyshakespeare
 
 # %% ../nbs/05_training.ipynb #0255586d
 def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:

@@ -89,6 +89,13 @@ def test_front_pages_print_their_numbers(name):
     assert not typed_numbers(re.sub(r"Python \d+\.\d+", "", text))
 
 
+def test_written_findings_are_current():
+    written = ROOT / "results" / "FINDINGS.md"
+    if not written.exists(): pytest.skip("no findings yet: mechinterp report")
+    from mechinterp_lib.cli import findings
+    assert findings() == written.read_text(encoding="utf-8"), "run mechinterp report"
+
+
 def test_readme_numbers_are_current():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert book_results.refresh(text, ROOT) == text, "run python book/_ext/results.py"
@@ -97,7 +104,7 @@ def test_readme_numbers_are_current():
 PLANTED = ["the loss is 1.48 nats", "copies 97% of them", "97 % of heads", "fell by .02 ", "p = 3e-4", "after 2,000 steps", "1-2 heads per model",
            "a 3-fold gain", "**0.75** [0.73, 0.77]", "> quoted 0.5", "| L5H1 | 0.92 |", "took 40 minutes", "```{admonition} Claim\n:class: verdict\nEffect\n: 0.3\n```"]
 HARMLESS = ["{res}`induction_heads.loss:.2f` nats", "`lr=1e-3` and $p < 0.05$", "$$\n0.5 x\n$$", "```python\nx = 0.75\n```", "L5H1 in GPT-2 and BabyLlama-105",
-            "in 2022 {cite:p}`olsson2022`", "1. first\n2. second", "[a page](https://a.org/1.5)", "Figure 3 of Part 2", "<!--res a.b-->0.75<!--/res-->",
+            "in 2022 {cite:p}`olsson2022`", "1. first\n2. second", "[a page](https://a.org/1.5)", "Figure 3 of Part 2", "<!--res a.b-->0.75<!--/res-->", "<!--findings-->\n0.75\n<!--/findings-->",
             "(fig-0.5)=\n# A title"]
 
 

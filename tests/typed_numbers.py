@@ -13,7 +13,7 @@ ALLOWED_TAGS = {"literature", "prediction", "design"}
 _UNITS = (r"nats?|bits?|per ?cent|percent(?:age)?|points?|steps?|tokens?|characters?|heads?|layers?|models?|seeds?|runs?|seconds?|minutes?|hours?|"
           r"times|fold|x|ms|standard (?:deviations?|errors?)|of \d+|out of \d+")
 _SKIPPED = re.compile(
-    r"<!--res .*?<!--/res-->"                    # a number that the README's refresh wrote
+    r"<!--(?P<mark>res|findings)\b.*?<!--/(?P=mark)-->"         # what the README's refresh wrote
     r"|<!--.*?-->"
     r"|^ *(?P<fence>`{3,}|~{3,})(?!\{).*?^ *(?P=fence) *$"   # fenced code, but not a directive
     r"|^ {0,3}:{3,}.*?$|^ *`{3,}\{.*?$|^ *:[\w-]+:.*?$"      # a directive's head and options

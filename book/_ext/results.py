@@ -6,13 +6,15 @@
     {res}`induction_heads.accuracy:n`               512                  (also `:ci`, `:seeds`, `:unit`)
 
 The interval, n and how the number was made are shown when the reader points at it. A name that does not exist is a warning, so the
-build fails. In the README a number stands between `<!--res NAME-->` and `<!--/res-->`; `python book/_ext/results.py` brings those up to date.
+build fails. In the README a number stands between `<!--res NAME-->` and `<!--/res-->`, and `results/FINDINGS.md` (written by `mechinterp
+report`) between `<!--findings-->` and `<!--/findings-->`; `python book/_ext/results.py` brings both up to date.
 """
 from __future__ import annotations
 
 import json, math, re
 from pathlib import Path
 
+README_FINDINGS = re.compile(r"(<!--findings-->\n).*?(<!--/findings-->)", re.S)
 README_NUMBER = re.compile(r"(<!--res ([\w.]+(?::[^>]*?)?)-->)(.*?)(<!--/res-->)", re.S)
 
 
@@ -58,10 +60,14 @@ def explain(entry: dict) -> str:
 
 
 def refresh(text: str, root: Path) -> str:
-    "`text` with every `<!--res NAME-->...<!--/res-->` showing the current result."
+    "`text` with its marked numbers and findings as they are in `results/`."
     def number(match):
         name, _, spec = match[2].partition(":")
         return match[1] + render(lookup(root, name), spec) + match[4]
+    written = root / "results" / "FINDINGS.md"
+    findings = re.sub(r"\A# .*\n+", "", written.read_text(encoding="utf-8")).strip() + "\n" if written.exists() else ""
+    findings = re.sub(r"^#(?=#* )", "##", findings, flags=re.M)     # below the README's own heading
+    text = README_FINDINGS.sub(lambda match: match[1] + findings + match[2], text)
     return README_NUMBER.sub(number, text)
 
 
