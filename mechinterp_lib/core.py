@@ -208,11 +208,18 @@ def load_table(experiment: str, name: str, folder: str | Path | None = None):
     if not path.exists(): check_choice("table", name, sorted(p.stem for p in path.parent.glob("*.csv")))
     return pd.read_csv(path)
 
-# %% ../nbs/00_core.ipynb #954001d6
+# %% ../nbs/00_core.ipynb #21adc004
+def _as_file(name: str, value: Any) -> tuple[str, str]:
+    "File name and text of a table (pandas frame: CSV), a figure (`_repr_svg_`: SVG) or a mapping (JSON)."
+    if hasattr(value, "to_csv"): return f"{name}.csv", value.to_csv(index=False, float_format="%.6g")
+    if hasattr(value, "_repr_svg_"): return f"{name}.svg", value._repr_svg_()
+    if isinstance(value, Mapping): return f"{name}.json", json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    raise InputError("tables", f"{name}: {type(value).__name__}", "allowed: a pandas frame, a figure with _repr_svg_, a mapping")
+
 def save_results(experiment: str, stage: str, results: Mapping[str, Result], tables: Mapping[str, Any], record: Mapping,
                  folder: str | Path | None = None) -> Path:
-    """Write what `stage` found: CSV tables (pandas frames), its part of `summary.json` and of `provenance.json`; each file is whole or absent.
-    Raises `InputError` if another stage owns one of the names."""
+    """Write what `stage` found: tables and figures (pandas frames, SVG figures, mappings), its part of `summary.json` and of `provenance.json`; each
+    file is whole or absent. Raises `InputError` if another stage owns one of the names."""
     folder = Path(folder or results_dir(experiment))
     stages = read_json(folder / "provenance.json") if (folder / "provenance.json").exists() else {}
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
@@ -220,7 +227,7 @@ def save_results(experiment: str, stage: str, results: Mapping[str, Result], tab
     if twice := sorted(results.keys() & summary.keys()): raise InputError("results", twice, "another stage of this experiment has results of these names")
     summary |= {name: asdict(result) for name, result in results.items()}
     stages[stage] = {**record, "results": sorted(results), "tables": sorted(tables)}
-    for name, table in tables.items(): write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    for file, text in [_as_file(name, value) for name, value in tables.items()]: write_text(folder / file, text)
     write_json(folder / "provenance.json", dict(sorted(stages.items())))
     write_json(folder / "summary.json", dict(sorted(summary.items())))
     return folder
@@ -235,10 +242,10 @@ def compare_results(stored: Mapping[str, Result], again: Mapping[str, Result], r
             if abs(old - new) > atol + rtol * abs(old): lines.append(f"{name}: {part} was {old:.6g}, now {new:.6g}")
     return lines
 
-# %% ../nbs/00_core.ipynb #40ac136e
+# %% ../nbs/00_core.ipynb #222639b6
 @dataclass(frozen=True)
 class Stage:
-    "A part of an experiment: `make()` returns results by name and tables by name; `inputs()` the files it reads; `missing()` why it cannot be made here, or None."
+    "A part of an experiment: `make()` returns results by name and tables by name; `inputs()` the files it reads; `missing()` why it cannot be made again here at once, or None."
     make: Callable[[], tuple[dict[str, Result], dict[str, Any]]]
     config: Mapping
     seeds: Sequence[int] = (0,)
@@ -246,8 +253,7 @@ class Stage:
     missing: Callable[[], str | None] = lambda: None
 
 def run_stage(experiment: str, name: str, stage: Stage, write: bool = True, folder: str | Path | None = None) -> dict[str, Result]:
-    "Make a stage and return its results; with `write`, store them. Raises `InputError` if something is missing."
-    if reason := stage.missing(): raise InputError("stage", name, reason)
+    "Make a stage and return its results; with `write`, store them."
     began = time.monotonic()
     results, tables = stage.make()
     if write:

@@ -55,7 +55,7 @@ class Recipe:
         check_choice("repeat_kind", self.repeat_kind, ["random", "natural"])
         if not 0 <= self.repeat_fraction <= 1: raise InputError("repeat_fraction", self.repeat_fraction, "allowed: 0 to 1")
 
-# %% ../nbs/05_training.ipynb #1943e950
+# %% ../nbs/05_training.ipynb #46aaffff
 ALPHABET = "\n !$&',-.3:;?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"   # the 65 characters of tinyshakespeare
 SNAPSHOTS = (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 750, *range(1000, 5001, 250))
 
@@ -70,8 +70,8 @@ def recipes() -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in (
         Recipe("shakespeare", gpt2(6, 6, 384, dropout=0.2), snapshots=SNAPSHOTS),
         Recipe("shakespeare-small", gpt2(6, 6, 192), snapshots=SNAPSHOTS),
-        Recipe("induction-2l", two_layer, corpus=None, steps=2000, batch_size=32, eval_every=100, weight_decay=0.01,
-               snapshots=(*range(0, 1000, 50), *range(1000, 2001, 100))),
+        Recipe("induction-2l", two_layer, corpus=None, steps=4000, batch_size=32, eval_every=100, weight_decay=0.01,
+               snapshots=(*range(0, 1000, 50), *range(1000, 4001, 150))),
     )}
 
 def load_recipe(name: str) -> Recipe:
