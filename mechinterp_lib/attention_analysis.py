@@ -80,7 +80,7 @@ def _stream(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], chunk: i
         for key, value in (read_logits(logits.float(), rows) if read_logits else {}).items(): parts[key].append(value.cpu())
     return {key: torch.cat(values) for key, values in parts.items()}
 
-# %% ../nbs/08_attention_analysis.ipynb #785f5f86
+# %% ../nbs/08_attention_analysis.ipynb #1543cc2a
 @dataclass(frozen=True)
 class Attention:
     "Patterns of every head: `patterns[layer, head]` is `[batch, query_pos, key_pos]`; `tokens` names each sequence's positions."
@@ -88,14 +88,16 @@ class Attention:
     tokens: list[list[str]]
 
 def _as_tokens(model: TransformerBridge, inputs: str | Sequence[str] | Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    "Token ids of a string, of strings with equal numbers of tokens, or of a tensor of ids."
+    "Token ids of a string, of strings with equal numbers of tokens, or of a tensor of ids; nothing is cut off or replaced."
     import torch
+    from mechinterp_lib.data import encode
     texts = [inputs] if isinstance(inputs, str) else inputs
     if isinstance(texts, torch.Tensor): return texts
     if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError("inputs", type(inputs).__name__, "allowed: a string, a list of strings, or an integer tensor [batch, pos]")
     if model.tokenizer is None: raise InputError("inputs", "text", "this model has no tokenizer; pass token ids")
-    rows = [model.to_tokens(text)[0] if text else torch.zeros(0, dtype=torch.long) for text in texts]
+    for text in texts: encode(model.tokenizer, text)                       # refuses what the vocabulary lacks
+    rows = [model.to_tokens(text, truncate=False)[0] if text else torch.zeros(0, dtype=torch.long) for text in texts]
     counts = sorted({len(row) for row in rows})
     if len(counts) > 1: raise InputError("inputs", f"texts of {counts} tokens", "allowed: texts of one length in tokens; pass others one by one")
     return torch.stack(rows)
@@ -316,7 +318,7 @@ def _induction(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], lengt
     _check_repeats(_check_tokens(model, tokens), length, bos)
     return diagonal_scores(model, tokens, length - 1, slice(length + bool(bos), None), chunk)
 
-# %% ../nbs/08_attention_analysis.ipynb #aa89eb6c
+# %% ../nbs/08_attention_analysis.ipynb #752cd231
 def _shuffle_p_values(real: Float[Tensor, "batch layer head"], shuffled: Float[Tensor, "batch layer head"], seed: int) -> Float[Tensor, "layer head"]:
     "One-sided p-values of paired exchange, real above shuffled; differences below 1e-6 count as none."
     import numpy as np
@@ -329,35 +331,50 @@ def _shuffle_p_values(real: Float[Tensor, "batch layer head"], shuffled: Float[T
     return p_values
 
 def _test_sequences(model: TransformerBridge, n: int, length: int | None, seed: int, bos: int | None, low: int,
-                    distinct: bool) -> tuple[Int[Tensor, "batch pos"], int]:
+                    distinct: bool, purpose: str = "induction") -> tuple[Int[Tensor, "batch pos"], int]:
     "Repeated random tokens for a model, and their length; by default as long as the context allows, at most 50."
     from mechinterp_lib.data import repeated_random
     room = (model.cfg.n_ctx - (bos is not None)) // 2
     longest = min(50, room, model.cfg.d_vocab - low) if distinct else min(50, room)
     length = check_range("length", longest if length is None else length, 3, room + 1)
-    return repeated_random(n, length, model.cfg.d_vocab, generator("induction", seed), bos=bos, distinct=distinct, low=low), length
+    return repeated_random(n, length, model.cfg.d_vocab, generator(purpose, seed), bos=bos, distinct=distinct, low=low), length
 
-# %% ../nbs/08_attention_analysis.ipynb #04fbbc61
+# %% ../nbs/08_attention_analysis.ipynb #9800e1af
+def _null_tests(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], length: int, bos: bool, null: Float[Tensor, "seed layer head"], seed: int, q: float,
+                chunk: int) -> dict[str, Float[Tensor, "layer head"]]:
+    "Each head's means under both nulls, and p-values against them; an `InputError` where `null` has so few scores that no head could pass alone."
+    import numpy as np
+    from mechinterp_lib.statistics import null_p_values
+    heads = model.cfg.n_layers * model.cfg.n_heads
+    if null.ndim != 3 or tuple(null.shape[1:]) != (model.cfg.n_layers, model.cfg.n_heads):
+        raise InputError("untrained", f"shape {tuple(null.shape)}", f"allowed: [seed, {model.cfg.n_layers}, {model.cfg.n_heads}], as untrained_scores returns it")
+    if heads / (1 + null.numel()) > q:
+        raise InputError("untrained", f"{len(null)} seeds", f"too few for a head to pass at q = {q}: the smallest adjusted p-value is {heads / (1 + null.numel()):.3g}")
+    shuffled = shuffle_second_copy(tokens, length, generator("shuffle", seed), bos)
+    real, without = (_induction(model, rows, length, bos, chunk) for rows in (tokens, shuffled))
+    p_shuffled = _shuffle_p_values(real, without, seed)
+    p_untrained = null_p_values(real.mean(0).double().numpy(), null.double().numpy())
+    return {"shuffled": without.double().mean(0).numpy(), "untrained": null.double().mean(0).numpy(), "p_shuffled": p_shuffled, "p_untrained": p_untrained,
+            "p": np.maximum(p_shuffled, p_untrained)}
+
+# %% ../nbs/08_attention_analysis.ipynb #c60d3cca
 def find_induction_heads(model: TransformerBridge, n_sequences: int = 64, *, length: int | None = None, seed: int = 0, q: float = 0.05,
                          untrained: Float[Tensor, "seed layer head"] | None = None, bos: int | None = None, low: int = 0, distinct: bool = False,
                          chunk: int = 32) -> pd.DataFrame:
-    """One row a head: induction `score` on repeated random tokens with a 95% bootstrap interval over sequences, its means under both nulls, p-values (adjusted ones
-    end in `_adjusted`), and `induction`: whether it beats both at false discovery rate `q`. `untrained` holds null scores (`untrained_scores`)."""
+    """One row a head. `score`, `ci_low`, `ci_high`: induction score on fresh repeated random tokens, 95% bootstrap interval over sequences. `induction`: whether the head
+    beats both nulls at false discovery rate `q` on other sequences, that is `p_adjusted <= q` with `p` the larger of `p_shuffled` and `p_untrained`; `shuffled` and `untrained`
+    are its mean scores under them. This is significance, not size: a tiny score can pass. `untrained` holds null scores (`untrained_scores`)."""
     import pandas as pd
-    from mechinterp_lib.statistics import benjamini_hochberg, bootstrap_ci, null_p_values
-    tokens, length = _test_sequences(model, check_range("n_sequences", n_sequences, 2, 2**31), length, seed, bos, low, distinct)
-    begin, shuffled = bos is not None, shuffle_second_copy(tokens, length, generator("shuffle", seed), bos is not None)
-    real, without = (_induction(model, rows, length, begin, chunk) for rows in (tokens, shuffled))
-    null = untrained_scores(model, tokens, length, bos=begin, chunk=chunk) if untrained is None else untrained
-    p_shuffled = _shuffle_p_values(real, without, seed)
-    p_untrained = null_p_values(real.mean(0).double().numpy(), null.double().numpy())
-    (beats_one, one), (beats_other, other) = benjamini_hochberg(p_shuffled, q), benjamini_hochberg(p_untrained, q)
+    from mechinterp_lib.statistics import benjamini_hochberg, bootstrap_ci
+    check_range("n_sequences", n_sequences, 2, 2**31)
+    (tokens, length), (others, _) = (_test_sequences(model, n_sequences, length, seed, bos, low, distinct, purpose) for purpose in ("induction", "induction score"))
+    null = untrained_scores(model, tokens, length, bos=bos is not None, chunk=chunk) if untrained is None else untrained
+    columns = _null_tests(model, tokens, length, bos is not None, null, seed, q, chunk)
+    fresh = _induction(model, others, length, bos is not None, chunk)
+    passed, columns["p_adjusted"] = benjamini_hochberg(columns["p"], q)
     rows = []
-    for layer, head in ((layer, head) for layer in range(real.shape[1]) for head in range(real.shape[2])):
-        score, ci_low, ci_high = bootstrap_ci(real[:, layer, head].numpy(), seed=seed)
+    for layer, head in ((layer, head) for layer in range(fresh.shape[1]) for head in range(fresh.shape[2])):
+        score, ci_low, ci_high = bootstrap_ci(fresh[:, layer, head].numpy(), seed=seed)
         rows.append({"layer": layer, "head": head, "label": head_label(layer, head), "score": score, "ci_low": ci_low, "ci_high": ci_high,
-                     "shuffled": without[:, layer, head].double().mean().item(), "untrained": null.double().mean().item(),
-                     "p_shuffled": p_shuffled[layer, head], "p_shuffled_adjusted": one[layer, head],
-                     "p_untrained": p_untrained[layer, head], "p_untrained_adjusted": other[layer, head],
-                     "induction": bool(beats_one[layer, head] and beats_other[layer, head])})
+                     **{name: float(values[layer, head]) for name, values in columns.items()}, "induction": bool(passed[layer, head])})
     return pd.DataFrame(rows)

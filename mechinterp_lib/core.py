@@ -42,52 +42,59 @@ def check_range(argument: str, value: int, low: int, high: int) -> int:
         raise InputError(argument, value, f"allowed: an integer from {low} to {high - 1}" if high > low else "nothing is allowed here")
     return int(value)
 
-# %% ../nbs/00_core.ipynb #699f59b9
+# %% ../nbs/00_core.ipynb #b5fba785
 def home() -> Path:
     "The folder that holds `models/` and `results/`: `MECHINTERP_HOME`, else the checkout around this package, else the current folder."
     if os.environ.get("MECHINTERP_HOME"): return Path(os.environ["MECHINTERP_HOME"]).expanduser()
     checkout = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd()
-    for folder in (checkout, *Path.cwd().parents, Path.cwd()):
+    for folder in (checkout, Path.cwd(), *Path.cwd().parents):
         if (folder / "settings.ini").exists() and (folder / "models").is_dir(): return folder
     return Path.cwd()
 
-def cache_dir(*parts: str) -> Path:
-    "A folder of the user's cache (`MECHINTERP_CACHE`, else `XDG_CACHE_HOME/mechinterp`), made if it is missing."
+def _cache_base() -> Path:
     base = os.environ.get("MECHINTERP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mechinterp"
-    folder = Path(base).expanduser().joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    return Path(base).expanduser()
+
+def cache_dir(*parts: str) -> Path:
+    "A folder of the user's cache (`MECHINTERP_CACHE`, else `XDG_CACHE_HOME/mechinterp`), made if it is missing; an `InputError` if it cannot be made."
+    folder = _cache_base().joinpath(*parts)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("cache", str(folder), f"cannot be made ({error.strerror}); MECHINTERP_CACHE may name a folder that can") from error
     return folder
 
-# %% ../nbs/00_core.ipynb #5918f6da
+# %% ../nbs/00_core.ipynb #1b3ec09a
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     "Yield a temporary path; when the block ends well it becomes `path`, otherwise it vanishes and `path` is as it was."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file: os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise InputError("path", str(path), f"could not be written: {error.strerror or error}; the earlier file, if any, is intact") from error
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError): temporary.unlink()
 
 def write_text(path: str | Path, text: str) -> Path:
     "Write `text` to `path`, whole or not at all."
     with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #d3cf15be
+# %% ../nbs/00_core.ipynb #0f15e371
 def write_json(path: str | Path, value: Any) -> Path:
     "Write `value` as JSON, whole or not at all. NaN and infinity are refused: JSON has no word for them."
     return write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 def read_json(path: str | Path) -> Any:
-    "The value in a JSON file; an `InputError` if it is missing or not JSON."
+    "The value in a JSON file; an `InputError` if it is missing, cannot be read or is not JSON."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise InputError("path", str(path), "there is no such file") from None
-    except ValueError as error: raise InputError("path", str(path), f"not a JSON file: {error}") from None
+    except OSError as error: raise InputError("path", str(path), f"cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error: raise InputError("path", str(path), f"not a JSON file: {error}") from None
 
 def sha256(path: str | Path) -> str:
     "The SHA-256 of a file, in hexadecimal."
@@ -157,7 +164,7 @@ class Result:
         unit = f" {self.unit}" if self.unit else ""
         return f"{self.value:.3g}{unit} (95% interval {self.ci_low:.3g} to {self.ci_high:.3g}, n = {self.n:,})"
 
-# %% ../nbs/00_core.ipynb #ae7298c9
+# %% ../nbs/00_core.ipynb #da5f6765
 _PACKAGES = ("mechinterp-lib", "torch", "transformers", "transformer-lens", "numpy", "scipy")
 
 def _git(*arguments: str) -> str | None:
@@ -171,26 +178,31 @@ def _version(package: str) -> str | None:
     except metadata.PackageNotFoundError: return None
 
 def file_hashes(paths: Iterable[str | Path], base: str | Path | None = None) -> dict[str, str]:
-    "SHA-256 of each file, folders expanded, keyed by its path below `base` (its name where it lies elsewhere)."
-    base, found = Path(base or home()).resolve(), {}
+    "SHA-256 of each file, folders expanded, keyed by its path below `base`; elsewhere by `cache:` and its path below the cache, or by its name."
+    base, cached, found = Path(base or home()).resolve(), _cache_base().resolve(), {}
+    def key(file: Path) -> str:
+        if file.is_relative_to(base): return file.relative_to(base).as_posix()
+        return f"cache:{file.relative_to(cached).as_posix()}" if file.is_relative_to(cached) else file.name
     for path in map(Path, paths):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
-                file = file.resolve()
-                found[file.relative_to(base).as_posix() if file.is_relative_to(base) else file.name] = sha256(file)
+                found[key(file.resolve())] = sha256(file)
     return found
 
-# %% ../nbs/00_core.ipynb #4d499580
-def provenance(config: Mapping, seeds: Sequence[int], inputs: Iterable[str | Path] = (), device: str = "cpu", seconds: float = 0.0) -> dict:
-    "What produced a result: configuration, seeds, versions, machine, git state, time taken, and the SHA-256 of `inputs` and of every exported module."
+# %% ../nbs/00_core.ipynb #a8845a7a
+def provenance(config: Mapping, seeds: Sequence[int], inputs: Iterable[str | Path] | Mapping[str, str] = (), device: str = "cpu",
+               seconds: float = 0.0) -> dict:
+    """What produced a result: configuration, seeds, versions, machine, git state, time taken, and the SHA-256 of every exported module and of `inputs`
+    (paths, or what `file_hashes` said of them earlier)."""
     package = Path(__file__).resolve().parent if "__file__" in globals() else home() / "mechinterp_lib"
     changed = _git("status", "--porcelain", "--", "mechinterp_lib", "models")
     return {"config": dict(config), "seeds": list(seeds), "device": device, "processor": platform.machine(),
             "python": platform.python_version(), "packages": {name: _version(name) for name in _PACKAGES},
             "git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed),
-            "seconds": round(seconds, 1), "inputs": file_hashes(inputs), "modules": file_hashes(sorted(package.rglob("*.py")), package)}
+            "seconds": round(seconds, 1), "inputs": dict(inputs) if isinstance(inputs, Mapping) else file_hashes(inputs),
+            "modules": file_hashes(sorted(package.rglob("*.py")), package)}
 
-# %% ../nbs/00_core.ipynb #8afcd4a8
+# %% ../nbs/00_core.ipynb #d7d065a3
 def results_dir(experiment: str) -> Path:
     "`results/EXPERIMENT/` of this checkout; it need not exist."
     return home() / "results" / experiment
@@ -199,7 +211,9 @@ def load_results(experiment: str, folder: str | Path | None = None) -> dict[str,
     "The results of an experiment by name."
     path = Path(folder or results_dir(experiment)) / "summary.json"
     if not path.exists(): raise InputError("experiment", experiment, f"no results yet; make them with: mechinterp run {experiment}")
-    return {name: Result(**value) for name, value in read_json(path).items()}
+    try: return {name: Result(**value) for name, value in read_json(path).items()}
+    except (TypeError, AttributeError, InputError) as error:
+        raise InputError("path", str(path), f"not a summary of results ({error}); make it again with: mechinterp run {experiment}") from error
 
 def load_table(experiment: str, name: str, folder: str | Path | None = None):
     "A table of an experiment as a pandas frame."
@@ -242,7 +256,7 @@ def compare_results(stored: Mapping[str, Result], again: Mapping[str, Result], r
             if abs(old - new) > atol + rtol * abs(old): lines.append(f"{name}: {part} was {old:.6g}, now {new:.6g}")
     return lines
 
-# %% ../nbs/00_core.ipynb #222639b6
+# %% ../nbs/00_core.ipynb #d240e2bc
 @dataclass(frozen=True)
 class Stage:
     "A part of an experiment: `make()` returns results by name and tables by name; `inputs()` the files it reads; `missing()` why it cannot be made again here at once, or None."
@@ -251,12 +265,13 @@ class Stage:
     seeds: Sequence[int] = (0,)
     inputs: Callable[[], list[Path]] = list
     missing: Callable[[], str | None] = lambda: None
+    device: str = "cpu"
 
 def run_stage(experiment: str, name: str, stage: Stage, write: bool = True, folder: str | Path | None = None) -> dict[str, Result]:
     "Make a stage and return its results; with `write`, store them."
-    began = time.monotonic()
+    inputs, began = file_hashes(stage.inputs()) if write else {}, time.monotonic()       # as they are before anything can change them
     results, tables = stage.make()
     if write:
-        record = provenance(stage.config, stage.seeds, stage.inputs(), seconds=time.monotonic() - began)
+        record = provenance(stage.config, stage.seeds, inputs, stage.device, seconds=time.monotonic() - began)
         save_results(experiment, name, results, tables, record, folder)
     return results

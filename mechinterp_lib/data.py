@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['CORPORA', 'fetch', 'has_corpus', 'load_text', 'char_tokenizer', 'encode', 'split', 'windows', 'random_windows',
-           'repeated_random', 'repeated_natural', 'periodic', 'training_repeats', 'mixed_batch']
+__all__ = ['CORPORA', 'fetch', 'has_corpus', 'corpus_path', 'load_text', 'char_tokenizer', 'encode', 'split', 'windows',
+           'random_windows', 'repeated_random', 'repeated_natural', 'periodic', 'training_repeats', 'mixed_batch']
 
 # %% ../nbs/03_data.ipynb #1b83ba6a
 _GITHUB = "https://raw.githubusercontent.com/"
@@ -34,7 +34,7 @@ CORPORA = {
                             "e55a336fb620a372a3627c8a1bfeff9de95b3970d2b2eef8b8240da885cbe82c"),
 }
 
-# %% ../nbs/03_data.ipynb #ab516253
+# %% ../nbs/03_data.ipynb #fcb9d945
 def _download(name: str, url: str, target: Path) -> Path:
     "Fetch `url` into the cache; `pooch` writes a temporary file first and hashes it before it takes the name."
     import pooch
@@ -48,23 +48,29 @@ def fetch(name: str) -> Path:
     file, url, expected = CORPORA[check_choice("corpus", name, CORPORA)]
     folder = os.environ.get("MECHINTERP_DATA")
     places = ([Path(folder).expanduser() / file] if folder else []) + [cache_dir("data") / file]
-    path = next((place for place in places if place.exists()), None) or _download(name, url, places[-1])
+    path = next((place for place in places if place.is_file()), None) or _download(name, url, places[-1])
     if (actual := sha256(path)) != expected:
         raise InputError("corpus", str(path), f"wrong SHA-256 {actual[:12]}..., expected {expected[:12]}...; remove the file and run again")
     return path
 
 def has_corpus(name: str) -> bool:
-    "Whether `fetch(name)` would succeed without a download."
+    "Whether the file is at hand, so that `fetch(name)` needs no download; only `fetch` checks what it holds."
     file, folder = CORPORA[check_choice("corpus", name, CORPORA)][0], os.environ.get("MECHINTERP_DATA")
-    return any(place.exists() for place in ([Path(folder).expanduser() / file] if folder else []) + [cache_dir("data") / file])
+    return any(place.is_file() for place in ([Path(folder).expanduser() / file] if folder else []) + [cache_dir("data") / file])
+
+def corpus_path(name: str) -> Path:
+    "The file of a corpus by name, or the file at a path; an `InputError` where there is none."
+    if name not in CORPORA and not Path(name).is_file(): check_choice("corpus", name, CORPORA)
+    return fetch(name) if name in CORPORA else Path(name)
 
 def load_text(name: str) -> str:
-    "The text of a corpus by name, or of a UTF-8 file by path."
-    path = fetch(name) if name in CORPORA else Path(name)
-    if not path.is_file(): check_choice("corpus", name, CORPORA)
-    return path.read_text(encoding="utf-8")
+    "The text of a corpus by name, or of a UTF-8 file by path; an `InputError` for a file that is no such text."
+    path = corpus_path(name)
+    try: return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error: raise InputError("corpus", str(path), f"not a UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error: raise InputError("corpus", str(path), f"cannot be read: {error.strerror}") from error
 
-# %% ../nbs/03_data.ipynb #2476e01f
+# %% ../nbs/03_data.ipynb #e9014f53
 def char_tokenizer(text: str) -> PreTrainedTokenizerFast:
     "A tokenizer with one token for each distinct character of `text`, in code-point order."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -75,13 +81,20 @@ def char_tokenizer(text: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
+def _unknown(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    "The characters of `text` that the vocabulary lacks."
+    vocabulary, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
+    if max(map(len, vocabulary)) == 1: return sorted(set(text) - vocabulary.keys())
+    if unknown is None: return []
+    return [character for character in sorted(set(text)) if unknown in tokenizer.encode(character, add_special_tokens=False)]
+
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Int[Tensor, "pos"]:
-    "Token ids of `text`; an `InputError` that names the characters which the vocabulary lacks."
+    "Token ids of `text`, without a begin token; an `InputError` that names the characters which the vocabulary lacks."
     import torch
     vocabulary = tokenizer.get_vocab()
-    if max(map(len, vocabulary)) > 1: return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
-    if missing := sorted(set(text) - vocabulary.keys()):
+    if missing := _unknown(tokenizer, text):
         raise InputError("text", "".join(missing[:20]), f"these {len(missing)} characters are not among the {len(vocabulary)} of the vocabulary")
+    if max(map(len, vocabulary)) > 1: return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
     return torch.tensor([vocabulary[character] for character in text], dtype=torch.long)
 
 # %% ../nbs/03_data.ipynb #008f98c0

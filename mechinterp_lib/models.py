@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NATIVE', 'new_model', 'forward_logits', 'save_model', 'as_bridge', 'list_models', 'describe_model', 'import_nanogpt',
-           'import_llama2c', 'load_model']
+__all__ = ['NATIVE', 'new_model', 'forward_logits', 'check_model_folder', 'save_model', 'as_bridge', 'list_models',
+           'describe_model', 'import_nanogpt', 'import_llama2c', 'load_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
 _HF_CLASSES = {"GPT2LMHeadModel": "GPT2Config", "LlamaForCausalLM": "LlamaConfig", "Qwen3ForCausalLM": "Qwen3Config"}
@@ -48,7 +48,7 @@ def _native_config(fields: Mapping):
     return TransformerBridgeConfig(**fields, attn_only=True, normalization_type="LN", positional_embedding_type="standard", device="cpu",
                                    default_prepend_bos=False, tokenizer_prepends_bos=False, architecture=NATIVE, model_name=NATIVE)
 
-# %% ../nbs/04_models.ipynb #eeda6d87
+# %% ../nbs/04_models.ipynb #ca628a4c
 def new_model(architecture: Mapping[str, Any], seed: int) -> nn.Module:
     "An untrained plain module from `{'class': NAME, ...}`; its weights depend on `seed` alone. `InputError` for an unknown class, key or value."
     import transformers
@@ -62,7 +62,7 @@ def new_model(architecture: Mapping[str, Any], seed: int) -> nn.Module:
             return module
         try: return getattr(transformers, name)(_hf_config(name, fields))
         except InputError: raise
-        except (ValueError, TypeError, RuntimeError) as error: raise InputError("architecture", dict(architecture), _first_line(error)) from error
+        except Exception as error: raise InputError("architecture", dict(architecture), _first_line(error)) from error
 
 def _first_line(error: Exception) -> str:
     "The first line of an error that says something."
@@ -106,32 +106,46 @@ def _tokenizer_bytes(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> bytes:
     plain.no_padding(); plain.no_truncation()
     return (plain.to_str(pretty=True) + "\n").encode()
 
-# %% ../nbs/04_models.ipynb #d262287c
-def _write_together(folder: Path, files: Mapping[str, bytes]) -> Path:
-    "Write all `files` beside `folder`, then rename each into it."
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+# %% ../nbs/04_models.ipynb #b386b90d
+def check_model_folder(path: str | Path) -> Path:
+    "`path` as an absolute path, if a model can be written there; an `InputError` where it is a file, holds other things than a checkpoint, or cannot be written."
+    folder = Path(path).expanduser().resolve()
+    parent = next(above for above in folder.parents if above.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)): raise InputError("path", str(folder), f"could not be written: {parent} is no folder that can be written to")
+    if folder.exists() and not folder.is_dir(): raise InputError("path", str(folder), "could not be written: it is a file, and a model is a folder")
+    own = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "training.json")
+    other = sorted(file.name for file in folder.iterdir() if file.name not in own and not file.match("model*.safetensors*")) if folder.exists() else []
+    if other: raise InputError("path", str(folder), f"holds {other[0]!r}, which is no part of a checkpoint and would be lost; give a new folder")
+    return folder
+
+def _write_together(folder: Path, files: Mapping[str, bytes]) -> None:
+    "Write all `files` beside `folder`, then put them in its place as one."
+    part, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
         part.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
         for name, content in files.items():
             with open(part / name, "wb") as file: file.write(content); file.flush(); os.fsync(file.fileno())
-        for name in files: os.replace(part / name, folder / name)
-        for name in {"tokenizer.json", "training.json"} - files.keys(): (folder / name).unlink(missing_ok=True)
-    except OSError as error: raise InputError("path", str(folder), f"could not be written: {error.strerror or error}; no file was left half-written") from error
-    finally: shutil.rmtree(part, ignore_errors=True)
-    return folder
+        if folder.exists(): os.rename(folder, old)
+        os.rename(part, folder)
+    except OSError as error:
+        raise InputError("path", str(folder), f"could not be written: {error.strerror or error}; the earlier model, if any, is intact") from error
+    finally:
+        if old.exists() and not folder.exists(): os.rename(old, folder)
+        for rest in (part, old): shutil.rmtree(rest, ignore_errors=True)
 
 def save_model(module: nn.Module, tokenizer: PreTrainedTokenizerFast | Tokenizer | None, path: str | Path,
                training: Mapping | None = None, dtype: str = "float16") -> Path:
-    "Write a plain module as a checkpoint folder. A tokenizer or training record of an earlier model there is removed, so that two models never mix."
+    "Write a plain module as a checkpoint folder, in place of an earlier one; `InputError` where the folder cannot be written or holds other things."
     from safetensors.torch import save
+    folder = check_model_folder(path)
     module = getattr(module, "_orig_mod", module)
     if hasattr(module, "original_model"): raise InputError("module", type(module).__name__, "pass the plain module that was trained, not the bridge around it")
     weights = _packed_weights(module, pick_dtype(check_choice("dtype", dtype, ["float16", "bfloat16", "float32"])))
     files = {"model.safetensors": save(weights, metadata={"format": "pt"}), "config.json": _json_bytes("config", _config_dict(module))}
     if tokenizer is not None: files["tokenizer.json"] = _tokenizer_bytes(tokenizer)
     if training is not None: files["training.json"] = _json_bytes("training", dict(training))
-    return _write_together(Path(path), files)
+    _write_together(folder, files)
+    return Path(path)
 
 # %% ../nbs/04_models.ipynb #5643c620
 def _safetensors_header(path: Path) -> dict[str, dict]:
@@ -256,7 +270,7 @@ def _load_folder(folder: Path, name: str, device: str, dtype) -> TransformerBrid
     module = _load_native(folder, config, dtype) if kind == NATIVE else _load_hf(folder, kind, dtype)
     return as_bridge(module, _load_tokenizer(folder / "tokenizer.json", config), name, device)
 
-# %% ../nbs/04_models.ipynb #70f0b8ca
+# %% ../nbs/04_models.ipynb #da6dde42
 def list_models() -> list[str]:
     "The names of the shipped models: every folder below `models/` that holds a `config.json`."
     root = home() / "models"
@@ -265,12 +279,20 @@ def list_models() -> list[str]:
     return sorted((name for name in found if not any(part.startswith(".") for part in name.split("/"))), key=by_number)
 
 def describe_model(name: str) -> dict[str, Any]:
-    "One row of a table, from the files alone: parameters, layers, heads, width, context (tokens), validation loss (nats a token; None if unknown)."
+    """One row of a table, from the files alone: parameters, layers, heads, width, context (tokens), validation loss (nats a token; None if unknown).
+    `InputError` for a folder that is damaged."""
     folder = home() / "models" / check_choice("name", name, list_models())
+    if not (folder / "model.safetensors").is_file(): raise InputError("path", str(folder), "no model.safetensors in this folder")
     config, header = _checked_config(folder), _safetensors_header(folder / "model.safetensors")
     record = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
-    def first(*keys): return next((config[key] for key in keys if key in config), None)
-    count = sum(math.prod(entry["shape"]) for entry in header.values())
+    if not isinstance(record, dict): raise InputError("path", str(folder / "training.json"), "holds no training record")
+    def first(*keys):
+        number = next((config[key] for key in keys if key in config), None)
+        if number is None and config["architectures"][0] in _HF_CLASSES: number = getattr(_hf_config(config["architectures"][0], {}), keys[-1])   # not written: the default
+        if not isinstance(number, int): raise InputError("path", str(folder / "config.json"), f"it names no {keys[0]}")
+        return number
+    try: count = sum(math.prod(entry["shape"]) for entry in header.values())
+    except (KeyError, TypeError) as error: raise InputError("path", str(folder / "model.safetensors"), "its header is damaged; fetch it again") from error
     return {"name": name, "class": config["architectures"][0], "parameters": count, "n_layers": first("n_layers", "n_layer", "num_hidden_layers"),
             "n_heads": first("n_heads", "n_head", "num_attention_heads"), "d_model": first("d_model", "n_embd", "hidden_size"),
             "n_ctx": first("n_ctx", "n_positions", "max_position_embeddings"), "validation_loss": record.get("validation_loss")}
@@ -429,15 +451,17 @@ def _load_file(path: Path, device: str, dtype) -> TransformerBridge:
         module, tokenizer = import_llama2c(path, vocabs[0])
     return as_bridge(module.to(dtype), tokenizer, str(path), device)
 
-# %% ../nbs/04_models.ipynb #2a2e8d83
+# %% ../nbs/04_models.ipynb #2a0e9c76
 def load_model(name: str | Path, device: str | None = None, dtype: Any = None) -> TransformerBridge:
     """A bridge in eval mode with the model's own weights (float32 unless `dtype` says otherwise); parameters keep their gradients on.
 
-    `name`: a shipped model, a checkpoint folder, a nanoGPT `.pt`, a llama2.c `.bin`, or a name on the Hugging Face hub. `InputError` where none is usable."""
+    `name`: a shipped model (the family's name suffices where it has one seed), a checkpoint folder, a nanoGPT `.pt`, a llama2.c `.bin`, or a name on the Hugging Face hub. `InputError` where none is usable."""
     device, dtype, text, path = pick_device(device), pick_dtype(dtype), str(name), Path(name).expanduser()
     shipped = list_models()
     if text in shipped: return _load_folder(home() / "models" / text, text, device, dtype)
-    if seeds := [other for other in shipped if other.startswith(text.rstrip("/") + "/")]: check_choice("name", text, seeds)
+    if seeds := [other for other in shipped if other.startswith(text.rstrip("/") + "/")]:
+        text = seeds[0] if len(seeds) == 1 else check_choice("name", text, seeds)
+        return _load_folder(home() / "models" / text, text, device, dtype)
     if path.is_dir(): return _load_folder(path, text, device, dtype)
     if path.suffix in (".pt", ".bin"): return _load_file(path, device, dtype)
     if path.is_file(): raise InputError("name", text, "this file is no model; allowed: a folder, a nanoGPT .pt, a llama2.c .bin")

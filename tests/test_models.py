@@ -57,8 +57,19 @@ def test_list_and_describe(shelf):
     assert describe_model("gpt/seed2")["validation_loss"] is None
     refuse(lambda: describe_model("gpt/seed1"), "gpt/seed10")
 
-def test_a_family_is_answered_with_its_seeds(shelf):
-    refuse(lambda: load_model("gpt"), "gpt/seed0")
+def test_a_family_is_its_only_seed_or_answered_with_its_seeds(shelf):
+    assert load_model("gpt", device="cpu")("To be").shape == (1, 5, 6)
+    save_model(new_model(GPT2, 1), None, shelf / "gpt/seed1")
+    refuse(lambda: load_model("gpt"), "gpt/seed0", "gpt/seed1")
+
+def test_a_value_left_at_its_default_is_described(shelf):
+    edit_config(shelf / "gpt/seed0", n_layer=...)                       # as transformers writes a GPT-2 of 12 layers
+    assert describe_model("gpt/seed0")["n_layers"] == 12
+
+@pytest.mark.parametrize("file, content", [("training.json", "[]"), ("training.json", "{"), ("config.json", '{"architectures": ["TransformerLensNative"]}')])
+def test_what_cannot_be_described(shelf, file, content):
+    (shelf / "native" / file).write_text(content)
+    refuse(lambda: describe_model("native"), file)
 
 @pytest.mark.parametrize("name", ["gpt/seed0", "native"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -171,6 +182,24 @@ def test_a_record_that_is_no_json_writes_nothing(shelf, training):
 def test_a_checkpoint_never_mixes_two_models(shelf):
     save_model(new_model(NATIVE, 1), None, shelf / "native")
     assert sorted(snapshot(shelf / "native")) == ["config.json", "model.safetensors"]
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_renaming_that_fails_puts_the_old_model_back(shelf, monkeypatch, call):
+    before, siblings, real, calls = snapshot(shelf / "native"), sorted(os.listdir(shelf)), os.rename, []
+    def rename(source, target):
+        calls.append(target)
+        if len(calls) == call: raise OSError(5, "Input/output error")
+        real(source, target)
+    monkeypatch.setattr(models.os, "rename", rename)
+    refuse(lambda: save_model(new_model(NATIVE, 1), None, shelf / "native"), "Input/output error")
+    assert len(calls) >= call and snapshot(shelf / "native") == before and sorted(os.listdir(shelf)) == siblings
+
+@pytest.mark.parametrize("name", ["thesis.txt", ".git"])
+def test_a_folder_that_holds_more_than_a_model_is_left_alone(shelf, name):
+    (shelf / "native" / name).mkdir()
+    before = sorted(os.listdir(shelf / "native"))
+    refuse(lambda: save_model(new_model(NATIVE, 1), None, shelf / "native"), name)
+    assert sorted(os.listdir(shelf / "native")) == before
 
 def test_what_save_refuses(shelf):
     refuse(lambda: save_model(load_model("native"), None, shelf / "again"), "bridge")

@@ -1,5 +1,6 @@
 """Training that is killed, checkpoints that are broken, disks that are full."""
-import json, os, signal, subprocess, sys, time
+import json, os, random, signal, subprocess, sys, time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,11 +8,23 @@ from hypothesis import given, settings, strategies as st
 
 from mechinterp_lib.core import InputError, atomic_path, generator
 from mechinterp_lib.data import char_tokenizer, encode, periodic, repeated_random, training_repeats
-from mechinterp_lib.training import Recipe, load_recipe, run_dir, train
+from mechinterp_lib.training import Recipe, load_recipe, load_weights, model_dir, recipes, run_dir, snapshots, steps_done, train
 
 TOY = Recipe("toy", {"class": "attention_only", "d_vocab": 65, "n_ctx": 32, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_head": 8}, corpus=None, n_ctx=32,
              steps=60, batch_size=4, eval_every=15, warmup_steps=5, max_period=16, snapshots=(0, 20, 60))
-RUN = "from tests.test_training import TOY; from mechinterp_lib.training import train; import sys; train(TOY, 3, sys.argv[1], checkpoint_every=4, device='cpu', progress=False)"
+RUN = """
+import os, signal, sys
+out, call, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+def dying(*arguments, real=getattr(os, call, None)):                    # a kill between a file's writing and its renaming
+    global count
+    count -= 1
+    if count == 0: os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+if count: setattr(os, call, dying)
+from tests.test_training import TOY
+from mechinterp_lib.training import train
+train(TOY, 3, out, checkpoint_every=4, device="cpu", progress=False)
+"""
 
 
 @pytest.fixture
@@ -20,9 +33,11 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def spawn(out, cache):
+def spawn(out, cache, call="none", count=0):
+    "A training in another process, which kills itself at the `count`-th call of `os.CALL`."
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return subprocess.Popen([sys.executable, "-c", RUN, str(out)], cwd=root, env={**os.environ, "MECHINTERP_CACHE": str(cache), "PYTHONPATH": root})
+    return subprocess.Popen([sys.executable, "-c", RUN, str(out), call, str(count)], cwd=root,
+                            env={**os.environ, "MECHINTERP_CACHE": str(cache), "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
 
 
 def without_time(record):
@@ -31,18 +46,17 @@ def without_time(record):
 
 def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path, cache):
     assert spawn(tmp_path / "straight", tmp_path / "other").wait(120) == 0
-    checkpoint = run_dir(TOY, 3) / "checkpoint.pt"
-    kills = 0
-    while kills < 3:                                                   # kill it three times, each time a little later
-        process = spawn(tmp_path / "killed", cache)
-        seen, deadline = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None, time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen: break
-            time.sleep(0.002)
-        if process.poll() is not None: break
-        process.send_signal(signal.SIGKILL); process.wait(); kills += 1
-    assert kills, "the training ended before it could be killed"
-    assert not (tmp_path / "killed" / "model.safetensors").exists() or kills < 3
+    checkpoint, came_to = run_dir(TOY, 3) / "checkpoint.pt", []
+    for count in (3, 5):                                               # in the middle of a write
+        assert spawn(tmp_path / "killed", cache, "replace", count).wait(120) == -signal.SIGKILL
+        came_to.append(steps_done(TOY, 3))
+    assert 0 < came_to[0] < came_to[1] < TOY.steps, "no kill fell into the middle of the run"
+    process = spawn(tmp_path / "killed", cache)                        # at any moment after its first checkpoint
+    seen, deadline = checkpoint.stat().st_mtime_ns, time.monotonic() + 60
+    while process.poll() is None and checkpoint.stat().st_mtime_ns == seen and time.monotonic() < deadline: time.sleep(0.002)
+    time.sleep(random.uniform(0, 0.2))
+    process.kill(); process.wait()
+    assert spawn(tmp_path / "killed", cache, "rename", 1).wait(120) == -signal.SIGKILL          # while the finished model is put into place
     assert spawn(tmp_path / "killed", cache).wait(120) == 0
     straight, killed = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("straight", "killed"))
     assert without_time(straight) == without_time(killed) and straight["validation_loss"] == killed["validation_loss"]
@@ -58,6 +72,56 @@ def test_a_truncated_checkpoint_is_named_and_left_alone(tmp_path, cache):
     assert checkpoint.read_bytes() == half and not (tmp_path / "model").exists()
 
 
+def damage(path, **changes):
+    state = torch.load(path, weights_only=True) | changes
+    torch.save({name: value for name, value in state.items() if value is not ...}, path)
+
+
+@pytest.mark.parametrize("changes, message", [({"optimizer": ...}, "lacks optimizer"), ({"model": {}}, "does not fit"), ({"log": "{"}, "does not fit"),
+                                              ({"optimizer": {"state": {}, "param_groups": []}}, "does not fit"), ({"step": "x"}, "does not fit")])
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, cache, changes, message):
+    train(TOY, 0, tmp_path / "model", until=4, device="cpu", progress=False)
+    damage(run_dir(TOY, 0) / "checkpoint.pt", **changes)
+    with pytest.raises(InputError, match=message): train(TOY, 0, tmp_path / "model", device="cpu", progress=False)
+
+
+def test_damaged_weights_are_refused(tmp_path, cache):
+    train(TOY, 0, tmp_path / "model", until=4, device="cpu", progress=False)
+    path = run_dir(TOY, 0) / "step00000.safetensors"
+    assert [step for step, _ in snapshots(TOY, 0)] == [0]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged"): list(snapshots(TOY, 0))
+    with pytest.raises(InputError, match="missing"): load_weights(tmp_path / "no", torch.nn.Linear(1, 1))
+
+
+def test_until_stops_and_is_checked(tmp_path, cache):
+    assert steps_done(TOY, 0) == 0
+    for until in (5, 3): assert train(TOY, 0, tmp_path / "model", until=until, device="cpu", progress=False) is None and steps_done(TOY, 0) == 5
+    for until in (0, -1, TOY.steps + 1):
+        with pytest.raises(InputError, match="until"): train(TOY, 0, tmp_path / "model", until=until, device="cpu", progress=False)
+
+
+def test_a_folder_that_cannot_take_the_model_is_found_before_the_training(tmp_path, cache):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path):
+        with pytest.raises(InputError): train(TOY, 0, out, device="cpu", progress=False)
+    assert not (cache / "training").exists()
+
+
+def test_names_of_runs(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("MECHINTERP_HOME", str(tmp_path))
+    assert {name: run_dir(recipe, 0).relative_to(cache / "training").as_posix() for name, recipe in recipes().items()} == {
+        "shakespeare": "shakespeare-8953f626/seed0", "shakespeare-small": "shakespeare-small-f9b54ba6/seed0", "induction-2l": "induction-2l-72b62e2e/seed0"}
+    assert model_dir(TOY, 3) == tmp_path / "models" / "toy" / "seed3"
+    own = replace(TOY, corpus=str(tmp_path / "own.txt"))
+    with pytest.raises(InputError, match="corpus"): run_dir(own, 0)
+    names = set()
+    for text in ("one text", "another text"):
+        (tmp_path / "own.txt").write_text(text)
+        names |= {run_dir(own, 0), run_dir(own, 0)}
+    assert len(names) == 2, "another text at the same path is another run"
+
+
 def test_a_full_disk_leaves_the_earlier_file(tmp_path, monkeypatch):
     path = tmp_path / "weights"
     path.write_bytes(b"earlier")
@@ -68,16 +132,24 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"earlier" and [p.name for p in tmp_path.iterdir()] == ["weights"]
 
 
-@pytest.mark.parametrize("change, message", [({"steps": 0}, "steps"), ({"repeat_kind": "both"}, "repeat_kind"), ({"repeat_fraction": 2.0}, "repeat_fraction")])
+@pytest.mark.parametrize("change, message", [({"steps": 0}, "steps"), ({"repeat_kind": "both"}, "repeat_kind"), ({"repeat_fraction": 2.0}, "repeat_fraction"),
+    ({"name": "../x"}, "name"), ({"name": ".."}, "name"), ({"name": ""}, "name"), ({"name": 3}, "name"), ({"steps": "9"}, "steps"), ({"steps": 9.0}, "steps"), ({"steps": True}, "steps"),
+    ({"lr": 0}, "lr"), ({"lr": "1e-3"}, "lr"), ({"lr": float("nan")}, "lr"), ({"betas": 0.9}, "betas"), ({"betas": (0.9, 1)}, "betas"), ({"snapshots": 3}, "snapshots"),
+    ({"snapshots": ("a",)}, "snapshots"), ({"corpus": 3}, "corpus"), ({"architecture": "GPT2LMHeadModel"}, "architecture"), ({"warmup_steps": -1}, "warmup_steps")])
 def test_a_wrong_recipe_is_refused(change, message):
-    with pytest.raises(InputError, match=message): Recipe("x", {}, **change)
+    with pytest.raises(InputError, match=message): Recipe(**{"name": "x", "architecture": {}, **change})
 
 
-@pytest.mark.parametrize("content, message", [("{", "JSON"), ('{"name": "x"}', "architecture"), ('{"name": "x", "architecture": {}, "stepz": 3}', "did you mean")])
+@pytest.mark.parametrize("content, message", [("{", "JSON"), ("[]", "keys"), ("3", "keys"), ('{"name": "x"}', "architecture"), ('{"name": "x", "architecture": {}, "stepz": 3}', "did you mean")])
 def test_a_wrong_recipe_file_is_refused(tmp_path, content, message):
     path = tmp_path / "recipe.json"
     path.write_text(content)
     with pytest.raises(InputError, match=message): load_recipe(str(path))
+
+
+@pytest.mark.parametrize("change, message", [({"n_ctx": 33}, "32 positions"), ({"architecture": {}}, "vocab_size"), ({"architecture": {"class": "GPT3", "vocab_size": 65}}, "class")])
+def test_an_architecture_that_does_not_fit_is_refused(tmp_path, cache, change, message):
+    with pytest.raises(InputError, match=message): train(replace(TOY, **change), 0, tmp_path / "model", device="cpu", progress=False)
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, cache):

@@ -1,0 +1,215 @@
+"""The command line: what is used wrongly, or damaged, ends with one line and exit code 2; what does not hold, with 1."""
+import json, os, subprocess, sys
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+
+from mechinterp_lib import cli
+from mechinterp_lib.core import Result, Stage, run_stage, write_json
+from mechinterp_lib.data import char_tokenizer
+from mechinterp_lib.models import new_model, save_model
+from mechinterp_lib.training import load_recipe, run_dir
+
+NAME = "induction_heads"
+NATIVE = {"class": "attention_only", "d_vocab": 65, "n_ctx": 16, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_head": 4}
+RECIPE = {"name": "toy", "architecture": NATIVE, "corpus": None, "n_ctx": 16, "steps": 6, "batch_size": 2, "eval_every": 3, "warmup_steps": 1, "max_period": 8}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    "A home and a cache of their own."
+    for name, folder in (("MECHINTERP_HOME", "home"), ("MECHINTERP_CACHE", "cache")):
+        (tmp_path / folder).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.delenv("MECHINTERP_DATA", raising=False)
+    return tmp_path
+
+
+def recipe_file(place, **changes):
+    return str(write_json(place / "recipe.json", RECIPE | changes))
+
+
+def one_line(capsys, *words, code=2):
+    "The one line that a wrong use prints."
+    capsys.readouterr()
+    assert cli.main([str(word) for word in words]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("mechinterp: ") and said.count("\n") == 1 and "Traceback" not in said, said
+    return said
+
+
+@pytest.mark.parametrize("command", [[], ["models"], ["train"], ["run"], ["verify"], ["report"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as left: cli.main([*command, "--help"])
+    assert left.value.code == 0 and "usage: mechinterp" in capsys.readouterr().out
+
+
+def test_the_exit_code_reaches_the_shell(place):
+    done = subprocess.run([sys.executable, "-c", "import sys; from mechinterp_lib.cli import main; sys.exit(main())", "train", "no-such-recipe"],
+                          capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["train", "shakespeare", "--seed", "x"], ["train", "shakespeare", "--depth", "3"], ["train", "shakespear"],
+                                   ["train", "no/such.json"], ["train", "shakespeare", "--device", "abacus"], ["train", "shakespeare", "--until", "0"],
+                                   ["train", "shakespeare", "--until", "5001"], ["run", "induction_head"], ["verify", "induction_head"], ["verify"], ["verify", NAME],
+                                   ["run", NAME, "--stage", "nothing"]])
+def test_wrong_words(words, place, capsys): one_line(capsys, *words)
+
+
+@pytest.mark.parametrize("changes", [{"architecture": "GPT2"}, {"architecture": {}}, {"architecture": {**NATIVE, "class": "GPT3"}}, {"steps": "6"}, {"steps": 6.5}, {"lr": 0},
+                                     {"lr": -1e-3}, {"n_ctx": 17}, {"name": "a/b"}, {"name": ".."}, {"betas": 1}, {"min_period": 9}, {"corpus": "nowhere.txt"}, {"corpus": 7}])
+def test_wrong_recipes(changes, place, capsys):
+    one_line(capsys, "train", recipe_file(place, **changes), "--device", "cpu")
+    assert not (place / "home" / "models").exists()
+
+
+def test_files_that_are_something_else(place, capsys):
+    (place / "latin.txt").write_bytes("Élan ".encode("latin-1") * 100)
+    assert "UTF-8" in one_line(capsys, "train", recipe_file(place, corpus=str(place / "latin.txt")), "--device", "cpu")
+    (place / "folder.json").mkdir()
+    one_line(capsys, "train", place / "folder.json")
+    (place / "odd.json").write_text("[" * 100_000)
+    one_line(capsys, "train", place / "odd.json")
+
+
+def test_out_that_cannot_be_written(place, capsys):
+    (place / "file").write_text("x")
+    for out in (place / "file", place / "file" / "below"): one_line(capsys, "train", recipe_file(place), "--out", out, "--device", "cpu")
+    assert not (place / "cache" / "training").exists(), "found before anything was trained"
+
+
+def test_a_cache_that_cannot_be_made(place, capsys, monkeypatch):
+    (place / "file").write_text("x")
+    monkeypatch.setenv("MECHINTERP_CACHE", str(place / "file" / "cache"))
+    assert "MECHINTERP_CACHE" in one_line(capsys, "train", recipe_file(place), "--device", "cpu")
+
+
+def test_an_error_of_the_system_is_one_line(place, capsys, monkeypatch):
+    def broken(args): raise PermissionError(13, "Permission denied", "/some/where")
+    monkeypatch.setattr(cli, "cmd_models", broken)
+    assert "/some/where: Permission denied" in one_line(capsys, "models")
+
+
+def test_training_stops_goes_on_and_ends(place, capsys):
+    path = recipe_file(place)
+    assert cli.main(["train", path, "--device", "cpu", "--until", "4"]) == 0 and "step 4 of 6" in capsys.readouterr().out
+    assert cli.main(["train", path, "--device", "cpu", "--until", "2"]) == 0 and "step 4 of 6" in capsys.readouterr().out
+    checkpoint = run_dir(load_recipe(path), 0) / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    for content in (whole[:500], b"", b"not a checkpoint"):
+        checkpoint.write_bytes(content)
+        one_line(capsys, "train", path, "--device", "cpu")
+    checkpoint.write_bytes(whole)
+    assert cli.main(["train", path, "--device", "cpu"]) == 0
+    assert "models/toy/seed0: validation loss" in capsys.readouterr().out and (place / "home/models/toy/seed0/model.safetensors").exists()
+    (checkpoint.parent / "best.safetensors").write_bytes(b"damaged")
+    assert "damaged" in one_line(capsys, "train", path, "--device", "cpu")
+
+
+def test_one_damaged_model_does_not_hide_the_others(place, capsys):
+    for name in ("a", "b", "c"): save_model(new_model(NATIVE, 0), char_tokenizer("ab"), place / "home" / "models" / name, {"validation_loss": 1.5})
+    assert cli.main(["models"]) == 0 and capsys.readouterr().out.count("validation loss 1.500") == 3
+    (place / "home/models/b/model.safetensors").write_bytes(b"damaged")
+    assert cli.main(["models"]) == 2
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()] == ["a", "c"] and said.err.startswith("mechinterp: b is damaged: ") and said.err.count("\n") == 1
+
+
+# verify
+
+def number(value): return Result(value, value - 0.1, value + 0.1, n=10, seeds=1, unit="", how="")
+
+
+@pytest.fixture
+def experiment(place, monkeypatch):
+    "An experiment of two stages with stored results, and its stages to change."
+    (place / "home" / "input.txt").write_text("as it was")
+    inputs = lambda: [place / "home" / "input.txt"]
+    stages = {"first": Stage(lambda: ({"a": number(1.0), "b": number(2.0)}, {}), {}, inputs=inputs), "second": Stage(lambda: ({"c": number(3.0)}, {}), {})}
+    monkeypatch.setattr(cli, "_experiment", lambda name: SimpleNamespace(STAGES=stages, findings=lambda results: [f"a is {results['a'].value}"]))
+    for name, stage in stages.items(): run_stage(NAME, name, stage)
+    return stages
+
+
+def edit(place, file, change):
+    path = place / "home" / "results" / NAME / file
+    value = json.loads(path.read_text())
+    change(value)
+    write_json(path, value)
+
+
+def verify(capsys, code):
+    capsys.readouterr()
+    assert cli.main(["verify"]) == code
+    return capsys.readouterr().out
+
+
+def test_what_holds(experiment, capsys):
+    assert verify(capsys, 0).splitlines()[-1] == "3 of 3 numbers recomputed, 0 differences"
+
+
+def test_a_number_that_changed(experiment, place, capsys):
+    experiment["second"] = Stage(lambda: ({"c": number(3.2)}, {}), {})
+    said = verify(capsys, 1)
+    assert "c: value was 3, now 3.2" in said and "3 of 3 numbers recomputed" in said
+
+
+def test_numbers_that_come_and_go(experiment, place, capsys):
+    experiment["second"] = Stage(lambda: ({"d": number(3.0)}, {}), {})
+    said = verify(capsys, 1)
+    assert "c: only in the stored" in said and "d: only in the new" in said and "2 of 3 numbers recomputed" in said
+
+
+def test_a_summary_that_lost_a_number(experiment, place, capsys):
+    edit(place, "summary.json", lambda summary: summary.pop("a"))
+    assert "a: only in the new" in verify(capsys, 1)
+
+
+def test_a_number_of_no_stage(experiment, place, capsys):
+    edit(place, "summary.json", lambda summary: summary.update(x=asdict(number(1.0))))
+    said = verify(capsys, 1)
+    assert "no stage made: x" in said and "3 of 4 numbers recomputed" in said
+
+
+def test_a_stage_that_is_gone(experiment, capsys):
+    del experiment["second"]
+    said = verify(capsys, 0)
+    assert "second: 1 numbers of a stage that the experiment no longer has" in said and "2 of 3 numbers recomputed" in said
+
+
+def test_a_stage_that_cannot_be_made_here(experiment, capsys):
+    experiment["second"] = Stage(experiment["second"].make, {}, missing=lambda: "its text is not here")
+    said = verify(capsys, 0)
+    assert "its text is not here" in said and "2 of 3 numbers recomputed" in said
+
+
+def test_nothing_recomputed_is_no_success(experiment, capsys):
+    for name, stage in experiment.items(): experiment[name] = Stage(stage.make, {}, missing=lambda: "its text is not here")
+    said = one_line(capsys, "verify")
+    assert "none of 3 numbers" in said and "its text is not here" in said
+
+
+def test_an_input_that_changed_is_named(experiment, place, capsys):
+    (place / "home" / "input.txt").write_text("as it is")
+    assert "first: 1 of its inputs are no longer what they were: input.txt" in verify(capsys, 0)
+
+
+@pytest.mark.parametrize("file, content", [("summary.json", "{"), ("summary.json", "[]"), ("summary.json", '{"a": 3}'), ("summary.json", '{"a": {"value": 1.0}}'),
+                                           ("summary.json", '{"a": {"value": 1, "ci_low": 0, "ci_high": 2, "n": "x", "seeds": 1, "unit": "", "how": ""}}'),
+                                           ("provenance.json", "{"), ("provenance.json", "[]"), ("provenance.json", '{"first": 3}'), ("provenance.json", '{"first": {}}')])
+def test_damaged_records(experiment, place, capsys, file, content):
+    (place / "home" / "results" / NAME / file).write_text(content)
+    one_line(capsys, "verify")
+
+
+def test_a_record_that_is_missing(experiment, place, capsys):
+    (place / "home" / "results" / NAME / "provenance.json").unlink()
+    one_line(capsys, "verify")
+
+
+def test_report(experiment, place, capsys):
+    assert cli.main(["report"]) == 0 and "a is 1.0" in (place / "home/results/FINDINGS.md").read_text()
+    edit(place, "summary.json", lambda summary: summary.pop("a"))
+    assert "the summary lacks 'a'" in one_line(capsys, "report")
