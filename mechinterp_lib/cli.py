@@ -18,7 +18,7 @@ EXPERIMENTS = ("induction_heads",)
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_run', 'cmd_verify', 'findings', 'cmd_report', 'parser', 'main']
 
-# %% ../nbs/30_cli.ipynb #e4d481dc
+# %% ../nbs/30_cli.ipynb #dc621897
 def cmd_models(args: argparse.Namespace) -> int:
     "List the shipped models."
     from mechinterp_lib.models import describe_model, list_models
@@ -36,7 +36,7 @@ def cmd_train(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe)
     out = args.out or model_dir(recipe, args.seed)
     record = train(recipe, args.seed, out, device=args.device, until=args.until)
-    if record is None: print(f"stopped at step {steps_done(recipe, args.seed)} of {recipe.steps}; the same command goes on from there")
+    if record is None: print(f"stopped at step {steps_done(recipe, args.seed)} of {recipe.steps}; without --until, the same command goes on from there")
     else: print(f"{out}: validation loss {record['validation_loss']:.4f} nats/token, best at step {record['best_step']}, {record['seconds']:.0f} s")
     return 0
 
@@ -123,7 +123,7 @@ def cmd_report(args: argparse.Namespace) -> int:
     print(text)
     return 0
 
-# %% ../nbs/30_cli.ipynb #14f84839
+# %% ../nbs/30_cli.ipynb #a2cbb9b1
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are like all others here: one line."
     def error(self, message: str) -> NoReturn: raise InputError("arguments", self.prog, f"{message}; see {self.prog} --help")
@@ -138,11 +138,11 @@ def parser() -> argparse.ArgumentParser:
         return command
     add("models", cmd_models)
     train = add("train", cmd_train)
-    train.add_argument("recipe", help="the name of a shipped recipe, or a .json file with one")
+    train.add_argument("recipe", help="the name of a shipped recipe, or a .json file with the fields of mechinterp_lib.training.Recipe")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--out", type=Path, help="folder of the finished model (default: models/NAME/seedN)")
     train.add_argument("--device", help="cpu, cuda or mps (default: an accelerator if there is one)")
-    train.add_argument("--until", type=int, help="stop after this many steps; the same command goes on from there")
+    train.add_argument("--until", type=int, help="stop after this many steps; without --until, the same command goes on from there")
     run = add("run", cmd_run)
     run.add_argument("experiment", help=", ".join(EXPERIMENTS))
     run.add_argument("--stage", action="append", help="only this stage (may be given several times)")

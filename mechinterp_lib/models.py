@@ -424,12 +424,14 @@ def import_llama2c(path: str | Path, vocab: str | Path) -> tuple[LlamaForCausalL
     if not all(torch.isfinite(weight).all() for weight in module.parameters()): raise InputError("path", str(path), "some of its weights are NaN or infinite")
     return module, tokenizer
 
-# %% ../nbs/04_models.ipynb #62ecb754
+# %% ../nbs/04_models.ipynb #a976cc60
 def _load_hub(name: str, device: str, dtype) -> TransformerBridge:
     "A model of the Hugging Face hub, through TransformerLens."
     from huggingface_hub import HfApi, try_to_load_from_cache
     from transformer_lens.model_bridge import TransformerBridge
-    shipped = f"shipped models: {', '.join(list_models()) or 'none'}"
+    import difflib
+    near = difflib.get_close_matches(name, list_models(), n=1)
+    shipped = f"shipped models: {', '.join(list_models()) or 'none (MECHINTERP_HOME names the folder that holds models/)'}" + (f" (did you mean {near[0]!r}?)" if near else "")
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str): HfApi().model_info(name, timeout=10)
     except Exception as error:

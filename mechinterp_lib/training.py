@@ -320,13 +320,13 @@ class _Run:
         self.losses = []
         return self.log[-1]
 
-# %% ../nbs/05_training.ipynb #a10de0fa
+# %% ../nbs/05_training.ipynb #eec7704c
 def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedTokenizerFast]:
     "A run at its last checkpoint, or at step 0."
     text = load_text(recipe.corpus) if recipe.corpus else ALPHABET
     tokenizer = char_tokenizer(text)
     tokens = split(encode(tokenizer, text)) if recipe.corpus else (None, None)
-    if d_vocab(recipe) != len(tokenizer): raise InputError("architecture", d_vocab(recipe), f"the vocabulary has {len(tokenizer)} characters")
+    if d_vocab(recipe) != len(tokenizer): raise InputError("architecture", d_vocab(recipe), f"{recipe.corpus or 'a recipe without a corpus'} has a vocabulary of {len(tokenizer)} characters")
     module = new_model(recipe.architecture, seed).to(device)
     context = module.config.max_position_embeddings if hasattr(module, "config") else module.cfg.n_ctx
     if recipe.n_ctx > context: raise InputError("n_ctx", recipe.n_ctx, f"allowed: at most the {context} positions of the architecture")
@@ -351,7 +351,7 @@ def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
     save_model(module, tokenizer, out, training=record)
     return record
 
-# %% ../nbs/05_training.ipynb #3e5dcf77
+# %% ../nbs/05_training.ipynb #7d33948b
 def model_dir(recipe: Recipe, seed: int) -> Path:
     "Where the finished model of a run goes unless another folder is named: `models/NAME/seedN`."
     return home() / "models" / recipe.name / f"seed{seed}"
@@ -364,6 +364,7 @@ def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: s
     goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
     run, tokenizer = _start(recipe, seed, pick_device(device))
     began, first = time.monotonic(), run.step
+    if run.step and progress is not False: print(f"going on from step {run.step} of {recipe.steps}", flush=True)
     with tqdm(total=recipe.steps, initial=run.step, unit="step", disable=None if progress is None else not progress, desc=f"{recipe.name}/seed{seed}") as bar:
         while run.step < goal:
             run.advance()
