@@ -105,7 +105,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
     print(f"{sum(done)} of {sum(stored)} numbers recomputed, {sum(wrong)} differences")
     return 1 if sum(wrong) else 0
 
-# %% ../nbs/30_cli.ipynb #62067053
+# %% ../nbs/30_cli.ipynb #34668665
 def findings(names: Sequence[str] = EXPERIMENTS) -> str:
     "The findings of each experiment that has results, as Markdown, every number read from its summary."
     parts = []
@@ -114,7 +114,7 @@ def findings(names: Sequence[str] = EXPERIMENTS) -> str:
             try: lines = _experiment(name).findings(load_results(name))
             except KeyError as error: raise InputError("results", name, f"the summary lacks {error}; make it again with: mechinterp run {name}") from error
             parts.append("\n".join([f"## {name.replace('_', ' ').capitalize()}", "", *(f"- {line}" for line in lines)]))
-    return "# Findings\n\n" + ("\n\n".join(parts) or "No results yet.") + "\n"
+    return "# Findings\n\nBrackets hold 95% intervals and n.\n\n" + ("\n\n".join(parts) or "No results yet.") + "\n"
 
 def cmd_report(args: argparse.Namespace) -> int:
     "Write `results/FINDINGS.md` from the summaries and print it."

@@ -351,7 +351,7 @@ def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
     save_model(module, tokenizer, out, training=record)
     return record
 
-# %% ../nbs/05_training.ipynb #7d33948b
+# %% ../nbs/05_training.ipynb #ad3941f1
 def model_dir(recipe: Recipe, seed: int) -> Path:
     "Where the finished model of a run goes unless another folder is named: `models/NAME/seedN`."
     return home() / "models" / recipe.name / f"seed{seed}"
@@ -359,7 +359,7 @@ def model_dir(recipe: Recipe, seed: int) -> Path:
 def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: str | None = None, until: int | None = None,
           checkpoint_every: int = 50, progress: bool | None = None) -> dict | None:
     "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); `until` stops early, without writing a model, and returns None."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     folder = check_model_folder(out or model_dir(recipe, seed))
     goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
     run, tokenizer = _start(recipe, seed, pick_device(device))

@@ -36,7 +36,7 @@ __all__ = ['FAMILIES', 'MEASURES', 'SINGLE_MODELS', 'WHAT', 'EXPERIMENT', 'FRACT
            'course', 'phase_change', 'course_stage', 'course_missing', 'diet_recipe', 'diets', 'diet_seeds',
            'match_rows', 'match_stage', 'last_weights', 'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads',
            'matched_sets', 'ablation_hooks', 'outcomes', 'ablation_effects', 'ablation_stage', 'composition_effects',
-           'composition_row', 'composition_stage', 'heads_stage', 'analysis', 'attention_figure', 'findings']
+           'composition_row', 'composition_stage', 'heads_stage', 'analysis', 'attention_figure', 'brief', 'findings']
 
 # %% ../../nbs/20_induction_heads.ipynb #183204ee
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ def measure_diet(recipe: Recipe, seed: int) -> dict:
     return {"diet": recipe.name, "kind": recipe.repeat_kind, "fraction": recipe.repeat_fraction, "warmup": recipe.warmup_repeats > 0, "seed": seed,
             "validation_loss": loss, **{name: float(value.mean()) for name, value in values.items()}}
 
-# %% ../../nbs/20_induction_heads.ipynb #c9917f5f
+# %% ../../nbs/20_induction_heads.ipynb #ae4767d5
 DIET_COLUMNS = {"validation_loss": "nats/token", "best_induction": "", "best_previous": "", "random_second_accuracy": "", "random_advantage": "nats/token",
                 "natural_advantage": "nats/token", **{f"match_{m}_probability": "" for m in (1, 2, 4)}}
 
@@ -317,8 +317,8 @@ def diets_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         rows += measured
         courses.append(course(recipe, 0))
         if len(measured) > 1:
-            results |= {key(name, column): seeds_result([row[column] for row in measured], unit=unit, how=f"{column.replace('_', ' ')} at the end of training; mean over training seeds")
-                        for column, unit in DIET_COLUMNS.items()}
+            results |= {key(name, column): over_seeds(name, [np.array([row[column]]) for row in measured], f"{column.replace('_', ' ')} at the end of training", unit,
+                                                      None if unit else (0.0, 1.0)) for column, unit in DIET_COLUMNS.items()}
     base = {row["seed"]: row["validation_loss"] for row in rows if row["diet"] == "diet-random-0"}
     for name in REPEATED[1:]:
         costs = [row["validation_loss"] - base[row["seed"]] for row in rows if row["diet"] == name]
@@ -517,7 +517,11 @@ STAGES = {
     "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, range(3), _OURS, diets_missing),
 }
 
-# %% ../../nbs/20_induction_heads.ipynb #90868313
+# %% ../../nbs/20_induction_heads.ipynb #41e26562
+def brief(result: Result) -> str:
+    "Value, interval and n in brackets."
+    return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
+
 def findings(results: dict[str, Result]) -> list[str]:
     "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
     sentences = [
@@ -527,11 +531,11 @@ def findings(results: dict[str, Result]) -> list[str]:
          "induction_2l_match_1_probability", "induction_2l_match_2_probability"),
         ("The keys carry the circuit: with keys from a run without previous-token heads, the attention on the target falls from {} to {}.",
          "induction_2l_compose_intact_intact_score", "induction_2l_compose_k_previous_score"),
-        ("Shakespeare alone grows no induction head in a two-layer model: best score {}, copying advantage on real passages {}.",
+        ("Shakespeare alone grows no induction head in a two-layer model: best score {}, copying advantage on real passages {} nats a character.",
          "diet_random_0_best_induction", "diet_random_0_natural_advantage"),
-        ("Repeats in the training data start the heads: a fifth of random repeats from the first step on gives a best score of {}. A warm-up of repeats needs only 5% afterwards to last ({}); with none, the heads are gone ({}).",
+        ("Repeats in the training data start the heads: a fifth of random repeats from the first step on gives a best score of {}. After a warm-up of repeats 5% are enough to keep them, {}; with none they are gone, {}.",
          "diet_random_0_2_best_induction", "diet_random_0_05_warm_best_induction", "diet_random_0_warm_best_induction"),
-        ("Copying learned on random characters hardly carries over to real passages (advantage {}); copying learned on real passages does ({}).",
+        ("Copying learned on random characters hardly carries over to real passages, an advantage of {} nats a character; copying learned on real passages does, {}.",
          "diet_random_0_2_natural_advantage", "diet_natural_0_2_warm_natural_advantage"),
-        ("BabyLlama-105, a public model of stories, has no induction head: best score {}, copying advantage on real passages {}.", "babyllama_105_best_induction", "babyllama_105_natural_advantage")]
-    return [text.format(*(results[name] for name in names)) for text, *names in sentences if all(name in results for name in names)]
+        ("BabyLlama-105, a public model of stories, has no induction head: best score {}, copying advantage on real passages {} nats a character.", "babyllama_105_best_induction", "babyllama_105_natural_advantage")]
+    return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
