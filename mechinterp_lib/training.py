@@ -72,7 +72,7 @@ def _check_recipe(recipe: Recipe) -> None:
     check("repeat_fraction", lambda share: number(share) and 0 <= share <= 1, "0 to 1")
     check("architecture", lambda fields: isinstance(fields, dict), "an object such as {\"class\": \"GPT2LMHeadModel\", ...}")
 
-# %% ../nbs/05_training.ipynb #af4beb9b
+# %% ../nbs/05_training.ipynb #2d493c15
 ALPHABET = "\n !$&',-.3:;?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"   # the 65 characters of tinyshakespeare
 SNAPSHOTS = (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 750, *range(1000, 5001, 250))
 
@@ -87,6 +87,8 @@ def recipes() -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in (
         Recipe("shakespeare", gpt2(6, 6, 384, dropout=0.2), snapshots=SNAPSHOTS),
         Recipe("shakespeare-small", gpt2(6, 6, 192), snapshots=SNAPSHOTS),
+        Recipe("shakespeare-induction", gpt2(2, 4, 128, dropout=0.0), batch_size=32, repeat_fraction=0.2, repeat_kind="natural", warmup_repeats=500,
+               snapshots=SNAPSHOTS),
         Recipe("induction-2l", two_layer, corpus=None, steps=4000, batch_size=32, eval_every=100, weight_decay=0.01,
                snapshots=(*range(0, 1000, 50), *range(1000, 4001, 150))),
     )}

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['FAMILIES', 'MEASURES', 'SINGLE_MODELS', 'WHAT', 'EXPERIMENT', 'FRACTIONS', 'REPEATED', 'MATCHES', 'DIET_COLUMNS',
+__all__ = ['FAMILIES', 'MEASURES', 'SINGLE_MODELS', 'WHAT', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS', 'MATCHES', 'DIET_COLUMNS',
            'STRONG', 'Head', 'STAGES', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects',
            'bos_token', 'copy_length', 'shown_tokens', 'passages', 'stimuli', 'unrelated', 'copying', 'best_heads',
            'measure', 'describe', 'over_seeds', 'key', 'kept', 'result_frame', 'copying_families', 'copying_stage',
-           'course', 'phase_change', 'course_stage', 'course_missing', 'diet_recipe', 'diets', 'diet_seeds',
-           'match_rows', 'match_stage', 'last_weights', 'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads',
+           'course', 'phase_change', 'course_stage', 'course_missing', 'diet_recipe', 'diets', 'match_rows',
+           'match_stage', 'last_weights', 'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads',
            'matched_sets', 'ablation_hooks', 'outcomes', 'ablation_effects', 'ablation_stage', 'composition_effects',
            'composition_row', 'composition_stage', 'heads_stage', 'analysis', 'attention_figure', 'brief', 'findings']
 
@@ -237,11 +237,12 @@ def course_missing() -> str | None:
     gone = [seed for seed in range(5) if not all((run_dir(recipe, seed) / f"step{step:05d}.safetensors").exists() for step in recipe.snapshots)]
     return f"the moments of training are not shipped; mechinterp train induction-2l --seed N makes them (seeds {gone})" if gone else None
 
-# %% ../../nbs/20_induction_heads.ipynb #806f8108
+# %% ../../nbs/20_induction_heads.ipynb #c3257cc6
 EXPERIMENT = "induction_heads"
-FRACTIONS = (0.0, 0.05, 0.2)
+FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2)
+DIET_SEEDS = (0, 1, 2)
 
-# %% ../../nbs/20_induction_heads.ipynb #dcd354b5
+# %% ../../nbs/20_induction_heads.ipynb #21dbefdb
 def diet_recipe(kind: str, fraction: float, warmup: bool) -> Recipe:
     "A two-layer GPT-2 on Shakespeare, `fraction` of whose rows are repeats of `kind`, after 500 steps of pure repeats if `warmup`."
     return Recipe(f"diet-{kind}-{fraction:g}{'-warm' if warmup else ''}", gpt2(2, 4, 128, dropout=0.0, n_ctx=64), n_ctx=64, steps=2000, batch_size=32,
@@ -252,12 +253,6 @@ def diets() -> dict[str, Recipe]:
     "Every diet by name; without repeats and without warm-up the kind makes no difference, so that diet is there once."
     grid = [diet_recipe(kind, fraction, warmup) for fraction in FRACTIONS for kind in ("random", "natural") for warmup in (True, False)]
     return {recipe.name: recipe for recipe in grid if recipe.name != "diet-natural-0"}
-
-REPEATED = ("diet-random-0", "diet-random-0-warm", "diet-random-0.05-warm", "diet-natural-0.2-warm", "diet-random-0.2", "diet-natural-0.2")
-
-def diet_seeds(name: str) -> tuple[int, ...]:
-    "Three seeds for the diets that decide between the predictions, one for the rest of the grid."
-    return (0, 1, 2) if name in REPEATED else (0,)
 
 # %% ../../nbs/20_induction_heads.ipynb #9eec758b
 MATCHES = (1, 2, 3, 4, 6)
@@ -302,7 +297,7 @@ def measure_diet(recipe: Recipe, seed: int) -> dict:
     return {"diet": recipe.name, "kind": recipe.repeat_kind, "fraction": recipe.repeat_fraction, "warmup": recipe.warmup_repeats > 0, "seed": seed,
             "validation_loss": loss, **{name: float(value.mean()) for name, value in values.items()}}
 
-# %% ../../nbs/20_induction_heads.ipynb #ae4767d5
+# %% ../../nbs/20_induction_heads.ipynb #056b853d
 DIET_COLUMNS = {"validation_loss": "nats/token", "best_induction": "", "best_previous": "", "random_second_accuracy": "", "random_advantage": "nats/token",
                 "natural_advantage": "nats/token", **{f"match_{m}_probability": "" for m in (1, 2, 4)}}
 
@@ -311,23 +306,23 @@ def diets_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     import pandas as pd
     rows, courses, results = [], [], {}
     for name, recipe in diets().items():
-        for seed in diet_seeds(name):
+        for seed in DIET_SEEDS:
             if not last_weights(recipe, seed).exists(): train(recipe, seed, run_dir(recipe, seed) / "model")
-        measured = [measure_diet(recipe, seed) for seed in diet_seeds(name)]
+        measured = [measure_diet(recipe, seed) for seed in DIET_SEEDS]
         rows += measured
         courses.append(course(recipe, 0))
-        if len(measured) > 1:
-            results |= {key(name, column): over_seeds(name, [np.array([row[column]]) for row in measured], f"{column.replace('_', ' ')} at the end of training", unit,
-                                                      None if unit else (0.0, 1.0)) for column, unit in DIET_COLUMNS.items()}
+        results |= {key(name, column): over_seeds(name, [np.array([row[column]]) for row in measured], f"{column.replace('_', ' ')} at the end of training", unit,
+                                                  None if unit else (0.0, 1.0)) for column, unit in DIET_COLUMNS.items()}
     base = {row["seed"]: row["validation_loss"] for row in rows if row["diet"] == "diet-random-0"}
-    for name in REPEATED[1:]:
+    for name in diets():
+        if name == "diet-random-0": continue
         costs = [row["validation_loss"] - base[row["seed"]] for row in rows if row["diet"] == name]
         results[key(name, "cost")] = seeds_result(costs, unit="nats/token", how="validation loss minus that of the same seed on text alone; mean over training seeds")
     return results, {"diets": pd.DataFrame(rows), "course_diets": pd.concat(courses)}
 
 def diets_missing() -> str | None:
     "Why the diets cannot be measured here without long training, or None."
-    gone = sum(not last_weights(recipe, seed).exists() for name, recipe in diets().items() for seed in diet_seeds(name))
+    gone = sum(not last_weights(recipe, seed).exists() for recipe in diets().values() for seed in DIET_SEEDS)
     return f"{gone} diets are not trained here; mechinterp run induction_heads --stage diets trains them, some minutes each" if gone else None
 
 # %% ../../nbs/20_induction_heads.ipynb #32c19f80
@@ -498,7 +493,7 @@ def attention_figure(name: str = "induction-2l/seed0", length: int = 20):
     heads = [divmod(int(scores[kind][0].argmax()), model.cfg.n_heads) for kind in ("previous", "induction")]
     return attention_grid(np.stack([attention.patterns[head][0].numpy() for head in heads]), [head_label(*head) for head in heads], attention.tokens[0], columns=2)
 
-# %% ../../nbs/20_induction_heads.ipynb #73933ea4
+# %% ../../nbs/20_induction_heads.ipynb #41a3ff49
 def _corpus_missing() -> str | None:
     return None if has_corpus("tinyshakespeare") else "it shows models unseen Shakespeare, and tinyshakespeare.txt is neither in MECHINTERP_DATA nor in the cache"
 
@@ -519,7 +514,7 @@ STAGES = {
     "ablation": Stage(ablation_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, _corpus_missing),
     "composition": Stage(composition_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, _corpus_missing),
     "course": Stage(course_stage, {"sequences": 48}, range(5), _OURS, course_missing),
-    "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, range(3), _OURS, diets_missing),
+    "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, DIET_SEEDS, _OURS, diets_missing),
 }
 
 # %% ../../nbs/20_induction_heads.ipynb #41e26562
