@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['FAMILIES', 'MEASURES', 'SINGLE_MODELS', 'WHAT', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS', 'MATCHES', 'DIET_COLUMNS',
-           'STRONG', 'Head', 'STAGES', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects',
-           'bos_token', 'copy_length', 'shown_tokens', 'passages', 'stimuli', 'unrelated', 'copying', 'best_heads',
-           'measure', 'describe', 'over_seeds', 'key', 'kept', 'result_frame', 'copying_families', 'copying_stage',
-           'course', 'phase_change', 'course_stage', 'course_missing', 'diet_recipe', 'diets', 'match_rows',
-           'match_stage', 'last_weights', 'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads',
-           'matched_sets', 'ablation_hooks', 'outcomes', 'ablation_effects', 'ablation_stage', 'composition_effects',
-           'composition_row', 'composition_stage', 'heads_stage', 'analysis', 'attention_figure', 'brief', 'findings']
+__all__ = ['FAMILIES', 'PURPOSES', 'MEASURES', 'SINGLE_MODELS', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS',
+           'MATCHES', 'DIET_COLUMNS', 'STRONG', 'Head', 'STAGES', 'Subject', 'shipped_subjects', 'untrained_subjects',
+           'public_subjects', 'bos_token', 'copy_length', 'shown_tokens', 'passages', 'stimuli', 'unrelated', 'copying',
+           'best_heads', 'measure', 'describe', 'over_seeds', 'key', 'kept', 'result_frame', 'copying_families',
+           'copying_stage', 'moment', 'course', 'phase_change', 'plateau', 'shipped_runs', 'course_stage',
+           'course_missing', 'diet_recipe', 'diets', 'match_rows', 'match_stage', 'last_weights', 'measure_diet',
+           'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets', 'ablation_hooks', 'outcomes',
+           'ablation_effects', 'ablation_stage', 'composition_effects', 'composition_row', 'composition_stage',
+           'heads_stage', 'analysis', 'attention_figure', 'brief', 'findings']
 
 # %% ../../nbs/20_induction_heads.ipynb #183204ee
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def public_subjects() -> list[Subject]:
     if not all(map(has_corpus, ("babyllama-105", "babyllama-105-vocab", "tinystories-sample"))): return []
     return [Subject("babyllama-105", 0, lambda: load_model(fetch("babyllama-105"), device="cpu"), "tinystories-sample", 0.0)]
 
-# %% ../../nbs/20_induction_heads.ipynb #67872750
+# %% ../../nbs/20_induction_heads.ipynb #1a415d6c
 def bos_token(model: TransformerBridge) -> int | None:
     "The beginning-of-sequence token that the model was trained with, or None."
     return getattr(model.tokenizer, "bos_token_id", None)
@@ -90,12 +91,15 @@ def passages(subject: Subject, model: TransformerBridge, length: int, n: int, dr
     rows = tokens[:len(tokens) // length * length].view(-1, length)
     return rows[torch.randperm(len(rows), generator=draw)[:n]]
 
+PURPOSES = ("choose", "measure")
+
 def stimuli(subject: Subject, model: TransformerBridge, purpose: str, n: int = 128) -> dict[str, Int[Tensor, "batch twice"]]:
-    "Random and natural repeats; `purpose` keeps the sequences on which a head is chosen apart from those on which it is measured."
+    "Random and natural repeats to `choose` a head on, or others, of which none is the same, to `measure` it on."
     import torch
     bos, length = bos_token(model), copy_length(model)
     low = 0 if bos is None else bos + 2                                      # past BabyLlama's three control tokens
-    once = passages(subject, model, length, n, generator(purpose, "natural"))
+    pool = passages(subject, model, length, 2 * n, generator("natural"))
+    once = pool[PURPOSES.index(check_choice("purpose", purpose, PURPOSES))::2]
     front = once[:, :0] if bos is None else torch.full_like(once[:, :1], bos)
     return {"random": repeated_random(n, length, model.cfg.d_vocab, generator(purpose, "random"), bos=bos, low=low),
             "natural": torch.cat([front, once, once], dim=1)}
@@ -106,7 +110,7 @@ def unrelated(tokens: Int[Tensor, "batch twice"], length: int) -> Int[Tensor, "b
     start = tokens.shape[1] - 2 * length
     return torch.cat([tokens[:, :start], tokens[:, start:start + length].roll(1, 0), tokens[:, start + length:]], dim=1)
 
-# %% ../../nbs/20_induction_heads.ipynb #868beb88
+# %% ../../nbs/20_induction_heads.ipynb #3269fd24
 MEASURES = {"first_loss": "nats/token", "second_loss": "nats/token", "first_accuracy": "", "second_accuracy": "", "advantage": "nats/token"}
 
 def copying(model: TransformerBridge, tokens: Int[Tensor, "batch twice"], length: int) -> dict[str, Float[np.ndarray, "batch"]]:
@@ -116,30 +120,25 @@ def copying(model: TransformerBridge, tokens: Int[Tensor, "batch twice"], length
     values["advantage"] = copy_metrics(model, unrelated(tokens, length), length, bos=bos)["second_loss"] - values["second_loss"]
     return {name: values[name].double().numpy() for name in MEASURES}
 
-def best_heads(model: TransformerBridge, subject: Subject, n: int = 128) -> dict[str, tuple[str, Float[np.ndarray, "batch"]]]:
-    "The head with the highest induction and previous-token score: chosen on one set of random repeats, measured on another, one score a sequence."
-    length, bos = copy_length(model), bos_token(model) is not None
-    chosen = head_scores(model, stimuli(subject, model, "choose", n)["random"], length, bos=bos)
-    measured = head_scores(model, stimuli(subject, model, "measure", n)["random"], length, bos=bos)
-    found = {}
-    for kind in ("induction", "previous"):
-        layer, head = divmod(int(chosen[kind].mean(0).argmax()), model.cfg.n_heads)
-        found[kind] = head_label(layer, head), measured[kind][:, layer, head].double().numpy()
-    return found
+def best_heads(model: TransformerBridge, subject: Subject, n: int = 128) -> dict[str, tuple[int, int]]:
+    "The (layer, head) with the highest induction and previous-token score on the random repeats that choose."
+    scores = head_scores(model, stimuli(subject, model, "choose", n)["random"], copy_length(model), bos=bos_token(model) is not None)
+    return {kind: divmod(int(scores[kind].mean(0).argmax()), model.cfg.n_heads) for kind in ("induction", "previous")}
 
-# %% ../../nbs/20_induction_heads.ipynb #e7f8c9f6
+# %% ../../nbs/20_induction_heads.ipynb #8f67d1fc
 def measure(subject: Subject) -> tuple[dict[str, Float[np.ndarray, "batch"]], pd.DataFrame]:
     "Every number of one subject, one a sequence, by name; and the table of its head scores."
     import pandas as pd
     model = subject.open()
     length, bos = copy_length(model), bos_token(model) is not None
-    values, rows = {}, []
+    values, rows, best = {}, [], best_heads(model, subject)
     for stimulus, tokens in stimuli(subject, model, "measure").items():
         values |= {f"{stimulus}_{name}": value for name, value in copying(model, tokens, length).items()}
-        for kind, scores in head_scores(model, tokens, length, bos=bos).items():
-            for (layer, head), score in np.ndenumerate(scores.mean(0).numpy()):
+        scores = head_scores(model, tokens, length, bos=bos)
+        if stimulus == "random": values |= {f"best_{kind}": scores[kind][:, layer, head].double().numpy() for kind, (layer, head) in best.items()}
+        for kind, of_kind in scores.items():
+            for (layer, head), score in np.ndenumerate(of_kind.mean(0).numpy()):
                 rows.append({"model": subject.family, "seed": subject.seed, "stimulus": stimulus, "score": kind, "layer": layer, "head": head, "value": score})
-    for kind, (label, score) in best_heads(model, subject).items(): values[f"best_{kind}"] = score
     return values, pd.DataFrame(rows)
 
 # %% ../../nbs/20_induction_heads.ipynb #654b2353
@@ -198,21 +197,20 @@ def copying_stage(chosen: Callable[[], list[Subject]], tag: str) -> tuple[dict[s
     results = {key(family, name): over_seeds(family, values, *describe(name)) for (family, name), values in families.items()}
     return kept(results), {f"copying_{tag}": pd.DataFrame(rows), f"scores_{tag}": pd.concat(scores)}
 
-# %% ../../nbs/20_induction_heads.ipynb #7cb545c4
-def course(recipe: Recipe, seed: int, n: int = 48) -> pd.DataFrame:
-    "Scores and copying at the kept moments of one run, on `n` sequences, one row a moment."
+# %% ../../nbs/20_induction_heads.ipynb #a846d8d9
+def moment(model: TransformerBridge, subject: Subject, n: int = 48) -> dict[str, float]:
+    "Scores, copying, and the probability of the right continuation after one and two agreeing characters, on `n` sequences each."
+    length, shown = copy_length(model), stimuli(subject, model, "measure", n)
+    scores = head_scores(model, shown["random"], length)
+    row = {kind: float(scores[kind][:, layer, head].mean()) for kind, (layer, head) in best_heads(model, subject, n).items()}
+    for stimulus, tokens in shown.items(): row |= {f"{stimulus}_{name}": float(value.mean()) for name, value in copying(model, tokens, length).items()}
+    return row | {f"match_{m}": float(found["probability"].mean()) for m, found in copying_by_match_length(model, (1, 2), batch=2 * n).items()}
+
+def course(recipe: Recipe, seed: int) -> pd.DataFrame:
+    "`moment` at the kept steps of one run, one row a step."
     import pandas as pd
-    tokenizer = char_tokenizer(load_text(recipe.corpus) if recipe.corpus else ALPHABET)
-    rows = []
-    for step, module in snapshots(recipe, seed):
-        subject = Subject(recipe.name, seed, lambda: None)
-        model = as_bridge(module, tokenizer)
-        row = {"model": recipe.name, "seed": seed, "step": step}
-        row |= {kind: float(value.mean()) for kind, (_, value) in best_heads(model, subject, n).items()}
-        for stimulus, tokens in stimuli(subject, model, "measure", n).items():
-            row |= {f"{stimulus}_{name}": float(value.mean()) for name, value in copying(model, tokens, copy_length(model)).items()}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    tokenizer, subject = char_tokenizer(load_text(recipe.corpus) if recipe.corpus else ALPHABET), Subject(recipe.name, seed, lambda: None)
+    return pd.DataFrame([{"model": recipe.name, "seed": seed, "step": step, **moment(as_bridge(module, tokenizer), subject)} for step, module in snapshots(recipe, seed)])
 
 def phase_change(course: pd.DataFrame, column: str = "random_second_accuracy", least: float = 0.1) -> int | None:
     "The first kept step at which `column` has made half of its way from the first row to the last; None if it rose by less than `least`."
@@ -220,22 +218,39 @@ def phase_change(course: pd.DataFrame, column: str = "random_second_accuracy", l
     if last - first < least: return None
     return int(course.loc[course[column] >= (first + last) / 2, "step"].iloc[0])
 
-# %% ../../nbs/20_induction_heads.ipynb #a788f181
+def plateau(course: pd.DataFrame, low: float = 0.65, high: float = 0.8) -> dict[str, float] | None:
+    "The row in the middle of those whose second-copy accuracy on random repeats lies between `low` and `high`, or None."
+    rows = course[course.random_second_accuracy.between(low, high)]
+    return dict(rows.iloc[len(rows) // 2]) if len(rows) else None
+
+# %% ../../nbs/20_induction_heads.ipynb #c3754256
+def shipped_runs() -> list[tuple[Recipe, int]]:
+    "The trainings of the shipped models."
+    return [(load_recipe(subject.family), subject.seed) for subject in shipped_subjects()]
+
+CHANGES = {"phase_change": ("random_second_accuracy", 0.1), "natural_phase_change": ("natural_advantage", 0.2)}
+
 def course_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "The course of each run of `induction-2l`, and when its phase change came."
+    "The course of each shipped model's training; by family, when its phase changes came, and what one and two agreeing characters were worth on the plateau."
     import pandas as pd
-    recipe = load_recipe("induction-2l")
-    runs = [course(recipe, seed) for seed in range(5)]
-    changes = [change for run in runs if (change := phase_change(run)) is not None]
-    steps = seeds_result([float(change) for change in changes], unit="steps",
-                         how=f"first kept step at half of the final accuracy on the second copy; mean over the {len(changes)} of {len(runs)} seeds with a change")
-    return {"induction_2l_phase_change": steps}, {"course_induction_2l": pd.concat(runs)}
+    families = {}
+    for recipe, seed in shipped_runs(): families.setdefault(recipe.name, []).append(course(recipe, seed))
+    results = {}
+    for family, runs in families.items():
+        for name, (column, least) in CHANGES.items():
+            steps = [float(step) for run in runs if (step := phase_change(run, column, least)) is not None]
+            how = f"first kept step at half of the final {column.replace('_', ' ')}; mean over the {len(steps)} of {len(runs)} seeds in which it rose by {least} or more"
+            if len(steps) > 1: results[key(family, name)] = seeds_result(steps, unit="steps", how=how)
+        rested = [row for run in runs if (row := plateau(run))]
+        if len(rested) > 1:
+            results |= {key(family, f"plateau_{name}"): seeds_result([row[name] for row in rested], unit="", how=f"{name.replace('_', ' ')} on the plateau; mean over seeds")
+                        for name in ("match_1", "match_2", "random_second_accuracy")}
+    return results, {"course": pd.concat([run for runs in families.values() for run in runs])}
 
 def course_missing() -> str | None:
     "Why the course cannot be measured here, or None."
-    recipe = load_recipe("induction-2l")
-    gone = [seed for seed in range(5) if not all((run_dir(recipe, seed) / f"step{step:05d}.safetensors").exists() for step in recipe.snapshots)]
-    return f"the moments of training are not shipped; mechinterp train induction-2l --seed N makes them (seeds {gone})" if gone else None
+    gone = [f"{recipe.name} --seed {seed}" for recipe, seed in shipped_runs() if not all((run_dir(recipe, seed) / f"step{step:05d}.safetensors").exists() for step in recipe.snapshots)]
+    return f"the moments of training are not shipped; mechinterp train makes them ({len(gone)} missing here, such as {gone[0]})" if gone else None
 
 # %% ../../nbs/20_induction_heads.ipynb #c3257cc6
 EXPERIMENT = "induction_heads"
@@ -280,7 +295,7 @@ def match_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     results = {key(family, name): over_seeds(family, values, f"{name.replace('_', ' ')} of the continuation", "", (0.0, 1.0)) for (family, name), values in grouped.items()}
     return kept(results), {"match_length": pd.DataFrame(table)}
 
-# %% ../../nbs/20_induction_heads.ipynb #2ed13120
+# %% ../../nbs/20_induction_heads.ipynb #75b9a4a5
 def last_weights(recipe: Recipe, seed: int) -> Path:
     "The weights at the end of a run."
     return run_dir(recipe, seed) / f"step{recipe.steps:05d}.safetensors"
@@ -294,11 +309,12 @@ def measure_diet(recipe: Recipe, seed: int) -> dict:
     subject = Subject(recipe.name, seed, lambda: as_bridge(module, tokenizer))
     values, _ = measure(subject)
     values |= {f"match_{row['match']}_probability": row["values"] for row in match_rows(subject) if row["measure"] == "probability" and not row["rival"]}
+    values["tested_heads"] = find_induction_heads(subject.open()).induction
     return {"diet": recipe.name, "kind": recipe.repeat_kind, "fraction": recipe.repeat_fraction, "warmup": recipe.warmup_repeats > 0, "seed": seed,
-            "validation_loss": loss, **{name: float(value.mean()) for name, value in values.items()}}
+            "validation_loss": loss, **{name: float(value.sum() if name == "tested_heads" else value.mean()) for name, value in values.items()}}
 
-# %% ../../nbs/20_induction_heads.ipynb #056b853d
-DIET_COLUMNS = {"validation_loss": "nats/token", "best_induction": "", "best_previous": "", "random_second_accuracy": "", "random_advantage": "nats/token",
+# %% ../../nbs/20_induction_heads.ipynb #eb854092
+DIET_COLUMNS = {"validation_loss": "nats/token", "tested_heads": "heads", "best_induction": "", "best_previous": "", "random_second_accuracy": "", "random_advantage": "nats/token",
                 "natural_advantage": "nats/token", **{f"match_{m}_probability": "" for m in (1, 2, 4)}}
 
 def diets_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
@@ -325,14 +341,16 @@ def diets_missing() -> str | None:
     gone = sum(not last_weights(recipe, seed).exists() for recipe in diets().values() for seed in DIET_SEEDS)
     return f"{gone} diets are not trained here; mechinterp run induction_heads --stage diets trains them, some minutes each" if gone else None
 
-# %% ../../nbs/20_induction_heads.ipynb #32c19f80
+# %% ../../nbs/20_induction_heads.ipynb #40d0634a
 STRONG = 0.25
 Head = tuple[int, int]
 
 def strong_heads(subject: Subject, model: TransformerBridge) -> dict[str, list[Head]]:
-    "The heads whose induction or previous-token score is at least `STRONG` on the choosing sequences, and all `other` heads."
-    scores = head_scores(model, stimuli(subject, model, "choose")["random"], copy_length(model), bos=bos_token(model) is not None)
-    strong = {kind: [tuple(head) for head in (scores[kind].mean(0) >= STRONG).nonzero().tolist()] for kind in ("induction", "previous")}
+    "The heads whose induction or previous-token score on either kind of choosing sequences is at least `STRONG`, and all `other` heads."
+    import torch
+    scores = [head_scores(model, tokens, copy_length(model), bos=bos_token(model) is not None) for tokens in stimuli(subject, model, "choose").values()]
+    highest = {kind: torch.stack([of_kind[kind].mean(0) for of_kind in scores]).amax(0) for kind in ("induction", "previous")}
+    strong = {kind: [tuple(head) for head in (score >= STRONG).nonzero().tolist()] for kind, score in highest.items()}
     every = itertools.product(range(model.cfg.n_layers), range(model.cfg.n_heads))
     return strong | {"other": [head for head in every if head not in strong["induction"] + strong["previous"]]}
 
@@ -359,7 +377,7 @@ def ablation_hooks(model: TransformerBridge, heads: Sequence[Head], method: str,
         return name, new_z
     with torch.no_grad(): return [hook_for(layer) for layer in sorted({layer for layer, _ in heads})]
 
-# %% ../../nbs/20_induction_heads.ipynb #98df7d00
+# %% ../../nbs/20_induction_heads.ipynb #9c3b2688
 def outcomes(subject: Subject, model: TransformerBridge, heads: Sequence[Head] = (), method: str = "zero", n: int = 64) -> dict[str, Float[np.ndarray, "batch"]]:
     "Second-copy losses, text loss and in-context learning score, one number a sequence, without `heads`; means are taken over the choosing sequences of the same kind."
     length, bos, n_ctx, values = copy_length(model), bos_token(model) is not None, model.cfg.n_ctx, {}
@@ -372,31 +390,35 @@ def outcomes(subject: Subject, model: TransformerBridge, heads: Sequence[Head] =
     values |= {"text_loss": losses.mean(1), "in_context_score": in_context_score(losses, slice(n_ctx // 16, n_ctx // 8), slice(-(n_ctx // 8), None))}
     return {name: value.double().numpy() for name, value in values.items()}
 
-def ablation_effects(subject: Subject) -> list[dict]:
-    "Rows (group, heads, method, measure, one change a sequence) for a subject: all strong heads of a kind, matched sets, and each head alone."
+def ablation_effects(subject: Subject) -> tuple[list[dict], dict[str, Float[np.ndarray, "batch"]]]:
+    "Rows (group, heads, method, measure, one change a sequence): all strong heads of a kind, matched sets, heads alone; and what the intact model gives."
     model = subject.open()
     strong = strong_heads(subject, model)
+    some = [strong["other"][i] for i in sorted(np.random.default_rng(0).permutation(len(strong["other"]))[:8])]
     sets = [("induction", strong["induction"]), ("previous", strong["previous"])] + [("matched", heads) for heads in matched_sets(strong["induction"], strong["other"])]
-    sets += [(f"single_{kind}", [head]) for kind, heads in strong.items() for head in heads]
+    sets += [(f"single_{kind}", [head]) for kind, heads in (strong | {"other": some}).items() for head in heads]
     intact, rows = outcomes(subject, model), []
     for (group, heads), method in itertools.product(sets, ("zero", "mean", "resample")):
         if not heads: continue
         after = outcomes(subject, model, heads, method)
         rows += [{"model": subject.family, "seed": subject.seed, "group": group, "heads": " ".join(itertools.starmap(head_label, heads)), "method": method,
                   "measure": name, "change": after[name] - intact[name]} for name in intact]
-    return rows
+    return rows, intact
 
-# %% ../../nbs/20_induction_heads.ipynb #79a6df38
+# %% ../../nbs/20_induction_heads.ipynb #1ce1f0c1
 def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Effect of removing heads: for each family, group, method and measure the mean change; as a table, each set of heads."
     import pandas as pd
-    rows = [row for subject in shipped_subjects() for row in ablation_effects(subject)]
-    grouped, table = {}, []
-    for row in rows:
-        grouped.setdefault((row["model"], f"{row['group']}_{row['method']}_{row['measure']}"), {}).setdefault(row["seed"], []).append(row["change"])
-        result = mean_result(row["change"], unit="nats/token", how="")
-        table.append({**row, "change": result.value, "ci_low": result.ci_low, "ci_high": result.ci_high, "n": result.n})
-    results = {key(family, f"ablate_{name}"): over_seeds(family, [np.mean(sets, axis=0) for sets in seeds.values()], f"change by ablation ({name.replace('_', ' ')}), averaged over sets of heads", "nats/token")
+    grouped, whole, table = {}, {}, []
+    for subject in shipped_subjects():
+        rows, intact = ablation_effects(subject)
+        for name, values in intact.items(): whole.setdefault((subject.family, name), []).append(values)
+        for row in rows:
+            grouped.setdefault((row["model"], f"{row['group']}_{row['method']}_{row['measure']}"), {}).setdefault(row["seed"], []).append(row["change"])
+            result = mean_result(row["change"], unit="nats/token", how="")
+            table.append({**row, "change": result.value, "ci_low": result.ci_low, "ci_high": result.ci_high, "n": result.n})
+    results = {key(family, f"intact_{name}"): over_seeds(family, values, f"{name.replace('_', ' ')} of the intact model", "nats/token") for (family, name), values in whole.items()}
+    results |= {key(family, f"ablate_{name}"): over_seeds(family, [np.mean(sets, axis=0) for sets in seeds.values()], f"change by ablation ({name.replace('_', ' ')}), averaged over sets of heads", "nats/token")
                for (family, name), seeds in grouped.items()}
     return kept(results), {"ablation": pd.DataFrame(table)}
 
@@ -418,20 +440,21 @@ def _received(heads: Sequence[Head], part: str, other: dict[str, Tensor]) -> lis
         return name, new_part
     return [hook_for(layer) for layer in sorted({layer for layer, _ in heads})]
 
-# %% ../../nbs/20_induction_heads.ipynb #0c126ecc
+# %% ../../nbs/20_induction_heads.ipynb #a99d9e31
 def composition_effects(subject: Subject, n: int = 64) -> list[dict]:
-    "Rows (part, source, induction score, second-copy loss) of a subject whose induction heads receive q, k or v from a run without other heads."
+    "Rows (stimulus, part, source, induction score, second-copy loss) of a subject whose induction heads receive q, k or v from a run without other heads."
     model = subject.open()
-    strong, tokens, reference = strong_heads(subject, model), *(stimuli(subject, model, purpose, n)["random"] for purpose in ("measure", "choose"))
+    strong, shown, references = strong_heads(subject, model), *(stimuli(subject, model, purpose, n) for purpose in ("measure", "choose"))
     before = [head for head in strong["previous"] if any(later[0] > head[0] for later in strong["induction"])]
     heads = [head for head in strong["induction"] if any(head[0] > earlier[0] for earlier in before)]
     if not heads: return []
-    rows = [composition_row(subject, model, tokens, heads, []) | {"part": "intact", "source": "intact"}]
-    sources = [("previous", before)] + [("control", others) for others in matched_sets(before, strong["other"])]
-    for (source, removed), part in itertools.product(sources, "qkv"):
-        names = [f"blocks.{layer}.attn.hook_{part}" for layer in {layer for layer, _ in heads}]
-        other = _captured(model, tokens, names, ablation_hooks(model, removed, "mean", reference))
-        rows.append(composition_row(subject, model, tokens, heads, _received(heads, part, other)) | {"part": part, "source": source})
+    sources, rows = [("previous", before)] + [("control", others) for others in matched_sets(before, strong["other"])], []
+    for stimulus, tokens in shown.items():
+        rows.append(composition_row(subject, model, tokens, heads, []) | {"stimulus": stimulus, "part": "intact", "source": "intact"})
+        for (source, removed), part in itertools.product(sources, "qkv"):
+            names = [f"blocks.{layer}.attn.hook_{part}" for layer in {layer for layer, _ in heads}]
+            other = _captured(model, tokens, names, ablation_hooks(model, removed, "mean", references[stimulus]))
+            rows.append(composition_row(subject, model, tokens, heads, _received(heads, part, other)) | {"stimulus": stimulus, "part": part, "source": source})
     return rows
 
 def composition_row(subject: Subject, model: TransformerBridge, tokens: Int[Tensor, "batch pos"], heads: Sequence[Head], hooks: list) -> dict:
@@ -443,17 +466,18 @@ def composition_row(subject: Subject, model: TransformerBridge, tokens: Int[Tens
     layers, places = zip(*heads)
     return {"model": subject.family, "seed": subject.seed, "score": scores[:, layers, places].mean(1).double().numpy(), "second_loss": loss.double().numpy()}
 
-# %% ../../nbs/20_induction_heads.ipynb #47a98fc3
+# %% ../../nbs/20_induction_heads.ipynb #73cba38c
 def composition_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The composition test for every shipped subject that has both kinds of heads."
     import pandas as pd
     rows = [row for subject in shipped_subjects() for row in composition_effects(subject)]
     grouped = {}
     for row, name in itertools.product(rows, ("score", "second_loss")):
-        grouped.setdefault((row["model"], row["part"], row["source"], name), {}).setdefault(row["seed"], []).append(row[name])
-    results = {key(family, f"compose_{part}_{source}_{name}"): over_seeds(family, [np.mean(sets, axis=0) for sets in seeds.values()], f"{name.replace('_', ' ')} when the induction heads receive {part} ({source})",
-                                                                      "" if name == "score" else "nats/token", (0.0, 1.0) if name == "score" else (0.0, float("inf")))
-               for (family, part, source, name), seeds in grouped.items()}
+        of = f"compose_{'natural_' if row['stimulus'] == 'natural' else ''}{row['part']}_{row['source']}_{name}"
+        grouped.setdefault((row["model"], of, name), {}).setdefault(row["seed"], []).append(row[name])
+    results = {key(family, of): over_seeds(family, [np.mean(sets, axis=0) for sets in seeds.values()], f"{of.removeprefix('compose_').replace('_', ' ')}: the induction heads receive q, k or v of a run without the source heads",
+                                           "" if name == "score" else "nats/token", (0.0, 1.0) if name == "score" else (0.0, float("inf")))
+               for (family, of, name), seeds in grouped.items()}
     table = pd.DataFrame([{**row, "score": row["score"].mean(), "second_loss": row["second_loss"].mean(), "n": len(row["score"])} for row in rows])
     return kept(results), {"composition": table}
 
