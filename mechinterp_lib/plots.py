@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['GREY', 'COLOURS', 'WIDTH', 'save_figure', 'line_plot', 'interval_plot', 'heatmap', 'head_grid', 'attention_grid',
-           'interactive_heatmap']
+           'circuit_diagram', 'interactive_heatmap']
 
 # %% ../nbs/02_plots.ipynb #6be47cff
 GREY = "#797979"
@@ -261,6 +261,36 @@ def attention_grid(patterns: Float[np.ndarray, "n_heads query_pos key_pos"], lab
         figure.colorbar(image, ax=grid, label="attention", shrink=min(1, 1.6 / rows), pad=0.02).outline.set_visible(False)
         figure.supxlabel("key position", fontsize=10); figure.supylabel("query position", fontsize=10)
         if title: figure.suptitle(title, fontsize=10)
+    return _settled(figure)
+
+# %% ../nbs/02_plots.ipynb #00b27979
+def circuit_diagram(edges: pd.DataFrame, rows: Sequence[Sequence[str]], *, colour: str | None = None, least: float = 0.0, title: str | None = None,
+                    height: float | None = None) -> Figure:
+    """Boxes in `rows` (the first at the bottom) and, from `source` to `target`, lines as wide as the size of `weight`, the columns of `edges`; dashed where it is negative.
+    `colour` names the column that separates kinds of connections; those smaller than `least` are left out."""
+    _check_frame(edges, {"weight": "weight"}, {"source": "source", "target": "target", "colour": colour})
+    place = {name: ((i + 0.5) / len(row), level) for level, row in enumerate(rows) for i, name in enumerate(row)}
+    if len(place) != sum(map(len, rows)): raise InputError("rows", [name for row in rows for name in row], "each box once")
+    for argument in ("source", "target"):
+        for name in edges[argument]: check_choice(argument, name, place)
+    groups, largest, shown = _groups(edges, colour), float(edges.weight.abs().max()) or 1.0, edges[edges.weight.abs() >= least]
+    with _style():
+        figure, axes = _new_figure(height or 0.6 + 1.3 * (len(rows) - 1) + 0.3 * (colour is not None))
+        for i, (label, members, look) in enumerate(groups):
+            aside, drawn = (i - (len(groups) - 1) / 2) * 0.035, members[members.weight.abs() >= least]
+            for edge in drawn.itertuples():
+                (x0, y0), (x1, y1) = place[edge.source], place[edge.target]
+                axes.plot([x0, x1 + aside], [y0 + 0.16, y1 - 0.16], color=look["color"], linewidth=0.4 + 6 * abs(edge.weight) / largest,
+                          linestyle="-" if edge.weight >= 0 else ":", alpha=0.75, solid_capstyle="round", zorder=1)
+            if label and len(drawn): axes.plot([], [], color=look["color"], linewidth=3, label=label)
+        joined = {*shown.source, *shown.target}
+        for name, (x, y) in place.items():
+            look = {"edgecolor": GREY, "linewidth": 1.4} if name in joined else {"edgecolor": GREY, "linewidth": 0.5, "linestyle": ":"}
+            axes.text(x, y, name, ha="center", va="center", fontsize=9, alpha=1 if name in joined else 0.6, zorder=2,
+                      bbox={"boxstyle": "round,pad=0.45", "facecolor": "none", **look})
+        axes.set(xlim=(0, 1), ylim=(-0.2, len(rows) - 0.8))
+        axes.set_axis_off()
+        _finish(figure, axes, "", "", title)
     return _settled(figure)
 
 # %% ../nbs/02_plots.ipynb #bd224262

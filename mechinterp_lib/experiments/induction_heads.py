@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['FAMILIES', 'PURPOSES', 'MEASURES', 'SINGLE_MODELS', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS',
-           'MATCHES', 'DIET_COLUMNS', 'STRONG', 'Head', 'STAGES', 'Subject', 'shipped_subjects', 'untrained_subjects',
+__all__ = ['FAMILIES', 'PURPOSES', 'MEASURES', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS', 'MATCHES',
+           'DIET_COLUMNS', 'STRONG', 'Head', 'STAGES', 'Subject', 'shipped_subjects', 'untrained_subjects',
            'public_subjects', 'bos_token', 'copy_length', 'shown_tokens', 'passages', 'stimuli', 'unrelated', 'copying',
            'best_heads', 'measure', 'describe', 'over_seeds', 'key', 'kept', 'result_frame', 'copying_families',
            'copying_stage', 'moment', 'course', 'phase_change', 'plateau', 'shipped_runs', 'course_stage',
            'course_missing', 'diet_recipe', 'diets', 'match_rows', 'match_stage', 'last_weights', 'measure_diet',
            'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets', 'ablation_hooks', 'outcomes',
-           'ablation_effects', 'ablation_stage', 'composition_effects', 'composition_row', 'composition_stage',
-           'heads_stage', 'analysis', 'attention_figure', 'brief', 'findings']
+           'ablation_effects', 'ablation_stage', 'composition_effects', 'composition_row', 'edge_effects',
+           'circuit_figure', 'composition_stage', 'heads_stage', 'analysis', 'attention_figure', 'brief', 'findings']
 
 # %% ../../nbs/20_induction_heads.ipynb #183204ee
 @dataclass(frozen=True)
@@ -141,8 +141,7 @@ def measure(subject: Subject) -> tuple[dict[str, Float[np.ndarray, "batch"]], pd
                 rows.append({"model": subject.family, "seed": subject.seed, "stimulus": stimulus, "score": kind, "layer": layer, "head": head, "value": score})
     return values, pd.DataFrame(rows)
 
-# %% ../../nbs/20_induction_heads.ipynb #654b2353
-SINGLE_MODELS = ("babyllama-105",)
+# %% ../../nbs/20_induction_heads.ipynb #5665aef7
 WHAT = {"first_loss": "loss on the first copy", "second_loss": "loss on the second copy", "first_accuracy": "accuracy on the first copy",
         "second_accuracy": "accuracy on the second copy", "advantage": "loss on the second half behind an unrelated first half, minus that behind itself",
         "best_induction": "induction score of the best head, chosen on other sequences", "best_previous": "previous-token score of the best head, chosen on other sequences"}
@@ -155,11 +154,11 @@ def describe(name: str) -> tuple[str, str, tuple[float, float] | None]:
     if measure == "advantage": return text, MEASURES[measure], None
     return text, MEASURES[measure], (0.0, float("inf")) if measure.endswith("loss") else (0.0, 1.0)
 
-def over_seeds(family: str, per_seed: list[Float[np.ndarray, "batch"]], what: str, unit: str = "", bounds: tuple[float, float] | None = None) -> Result | None:
-    "The mean over training seeds; for a single public model over sequences. None where only one seed of a family has the quantity, for it has no spread."
-    if family in SINGLE_MODELS: return mean_result(per_seed[0], unit=unit, how=f"{what}; mean over sequences")
-    if len(per_seed) < 2: return None
-    result = seeds_result([values.mean() for values in per_seed], unit=unit, how=f"{what}; mean over seeds, each a mean over {len(per_seed[0])} sequences")
+def over_seeds(per_seed: list[Float[np.ndarray, "batch"]], what: str, unit: str = "", bounds: tuple[float, float] | None = None) -> Result | None:
+    "The mean over training seeds; where there is but one model, over its sequences, and None if it has but one number."
+    if len(per_seed) > 1: result = seeds_result([values.mean() for values in per_seed], unit=unit, how=f"{what}; mean over seeds, each a mean over {len(per_seed[0])} sequences")
+    elif len(per_seed[0]) > 1: result = mean_result(per_seed[0], unit=unit, how=f"{what}; mean over the sequences of one model")
+    else: return None
     if bounds is None: return result
     return replace(result, ci_low=max(bounds[0], result.ci_low), ci_high=min(bounds[1], result.ci_high))
 
@@ -182,7 +181,7 @@ def copying_families() -> list[str]:
     "The families whose copying is in the results, in the order of the tables."
     return [family for table in ("copying_ours", "copying_public") for family in load_table(EXPERIMENT, table).model.unique()]
 
-# %% ../../nbs/20_induction_heads.ipynb #98a6fbfa
+# %% ../../nbs/20_induction_heads.ipynb #6461093b
 def copying_stage(chosen: Callable[[], list[Subject]], tag: str) -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The numbers of each family and, as tables, of each model and each head."
     import pandas as pd
@@ -194,7 +193,7 @@ def copying_stage(chosen: Callable[[], list[Subject]], tag: str) -> tuple[dict[s
             families.setdefault((subject.family, name), []).append(value)
             result = mean_result(value, unit="", how="")
             rows.append({"model": subject.family, "seed": subject.seed, "measure": name, "value": result.value, "ci_low": result.ci_low, "ci_high": result.ci_high, "n": result.n})
-    results = {key(family, name): over_seeds(family, values, *describe(name)) for (family, name), values in families.items()}
+    results = {key(family, name): over_seeds(values, *describe(name)) for (family, name), values in families.items()}
     return kept(results), {f"copying_{tag}": pd.DataFrame(rows), f"scores_{tag}": pd.concat(scores)}
 
 # %% ../../nbs/20_induction_heads.ipynb #a846d8d9
@@ -269,7 +268,7 @@ def diets() -> dict[str, Recipe]:
     grid = [diet_recipe(kind, fraction, warmup) for fraction in FRACTIONS for kind in ("random", "natural") for warmup in (True, False)]
     return {recipe.name: recipe for recipe in grid if recipe.name != "diet-natural-0"}
 
-# %% ../../nbs/20_induction_heads.ipynb #9eec758b
+# %% ../../nbs/20_induction_heads.ipynb #faf3e877
 MATCHES = (1, 2, 3, 4, 6)
 
 def match_rows(subject: Subject) -> list[dict]:
@@ -292,7 +291,7 @@ def match_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         values = row.pop("values")
         grouped.setdefault((row["model"], name), []).append(values)
         table.append({**row, "value": values.mean(), "n": len(values)})
-    results = {key(family, name): over_seeds(family, values, f"{name.replace('_', ' ')} of the continuation", "", (0.0, 1.0)) for (family, name), values in grouped.items()}
+    results = {key(family, name): over_seeds(values, f"{name.replace('_', ' ')} of the continuation", "", (0.0, 1.0)) for (family, name), values in grouped.items()}
     return kept(results), {"match_length": pd.DataFrame(table)}
 
 # %% ../../nbs/20_induction_heads.ipynb #75b9a4a5
@@ -313,7 +312,7 @@ def measure_diet(recipe: Recipe, seed: int) -> dict:
     return {"diet": recipe.name, "kind": recipe.repeat_kind, "fraction": recipe.repeat_fraction, "warmup": recipe.warmup_repeats > 0, "seed": seed,
             "validation_loss": loss, **{name: float(value.sum() if name == "tested_heads" else value.mean()) for name, value in values.items()}}
 
-# %% ../../nbs/20_induction_heads.ipynb #eb854092
+# %% ../../nbs/20_induction_heads.ipynb #9e85e04d
 DIET_COLUMNS = {"validation_loss": "nats/token", "tested_heads": "heads", "best_induction": "", "best_previous": "", "random_second_accuracy": "", "random_advantage": "nats/token",
                 "natural_advantage": "nats/token", **{f"match_{m}_probability": "" for m in (1, 2, 4)}}
 
@@ -327,7 +326,7 @@ def diets_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         measured = [measure_diet(recipe, seed) for seed in DIET_SEEDS]
         rows += measured
         courses.append(course(recipe, 0))
-        results |= {key(name, column): over_seeds(name, [np.array([row[column]]) for row in measured], f"{column.replace('_', ' ')} at the end of training", unit,
+        results |= {key(name, column): over_seeds([np.array([row[column]]) for row in measured], f"{column.replace('_', ' ')} at the end of training", unit,
                                                   None if unit else (0.0, 1.0)) for column, unit in DIET_COLUMNS.items()}
     base = {row["seed"]: row["validation_loss"] for row in rows if row["diet"] == "diet-random-0"}
     for name in diets():
@@ -405,7 +404,7 @@ def ablation_effects(subject: Subject) -> tuple[list[dict], dict[str, Float[np.n
                   "measure": name, "change": after[name] - intact[name]} for name in intact]
     return rows, intact
 
-# %% ../../nbs/20_induction_heads.ipynb #1ce1f0c1
+# %% ../../nbs/20_induction_heads.ipynb #334a11e5
 def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Effect of removing heads: for each family, group, method and measure the mean change; as a table, each set of heads."
     import pandas as pd
@@ -417,8 +416,8 @@ def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             grouped.setdefault((row["model"], f"{row['group']}_{row['method']}_{row['measure']}"), {}).setdefault(row["seed"], []).append(row["change"])
             result = mean_result(row["change"], unit="nats/token", how="")
             table.append({**row, "change": result.value, "ci_low": result.ci_low, "ci_high": result.ci_high, "n": result.n})
-    results = {key(family, f"intact_{name}"): over_seeds(family, values, f"{name.replace('_', ' ')} of the intact model", "nats/token") for (family, name), values in whole.items()}
-    results |= {key(family, f"ablate_{name}"): over_seeds(family, [np.mean(sets, axis=0) for sets in seeds.values()], f"change by ablation ({name.replace('_', ' ')}), averaged over sets of heads", "nats/token")
+    results = {key(family, f"intact_{name}"): over_seeds(values, f"{name.replace('_', ' ')} of the intact model", "nats/token") for (family, name), values in whole.items()}
+    results |= {key(family, f"ablate_{name}"): over_seeds([np.mean(sets, axis=0) for sets in seeds.values()], f"change by ablation ({name.replace('_', ' ')}), averaged over sets of heads", "nats/token")
                for (family, name), seeds in grouped.items()}
     return kept(results), {"ablation": pd.DataFrame(table)}
 
@@ -466,7 +465,35 @@ def composition_row(subject: Subject, model: TransformerBridge, tokens: Int[Tens
     layers, places = zip(*heads)
     return {"model": subject.family, "seed": subject.seed, "score": scores[:, layers, places].mean(1).double().numpy(), "second_loss": loss.double().numpy()}
 
-# %% ../../nbs/20_induction_heads.ipynb #73cba38c
+# %% ../../nbs/20_induction_heads.ipynb #f9590bf8
+def edge_effects(subject: Subject, n: int = 64) -> list[dict]:
+    """Rows (source, target, part, change): by how much the induction score of each strong induction head falls, on random repeats, if it receives q, k or v from a run
+    without one earlier head (mean ablation). Heads of one layer do not hear each other, so all of a layer receive at once."""
+    model = subject.open()
+    length, bos, rows = copy_length(model), bos_token(model) is not None, []
+    heads, (tokens, reference) = strong_heads(subject, model)["induction"], (stimuli(subject, model, purpose, n)["random"] for purpose in ("measure", "choose"))
+    intact = head_scores(model, tokens, length, bos=bos)["induction"].mean(0)
+    for layer in sorted({layer for layer, _ in heads}):
+        targets, names = [head for head in heads if head[0] == layer], [f"blocks.{layer}.attn.hook_{part}" for part in "qkv"]
+        for source in itertools.product(range(layer), range(model.cfg.n_heads)):
+            other = _captured(model, tokens, names, ablation_hooks(model, [source], "mean", reference))
+            for part in "qkv":
+                with model.hooks(fwd_hooks=_received(targets, part, other)): scores = head_scores(model, tokens, length, bos=bos, chunk=len(tokens))["induction"].mean(0)
+                rows += [{"model": subject.family, "seed": subject.seed, "source": head_label(*source), "target": head_label(*target), "part": part,
+                          "fall": float(intact[target] - scores[target])} for target in targets]
+    return rows
+
+def circuit_figure(name: str, least: float = 0.05):
+    "The circuit of a shipped two-layer model: which heads' output an induction head needs in its keys, queries or values."
+    from mechinterp_lib.plots import circuit_diagram
+    family, _, seed = name.partition("/seed")
+    edges = load_table(EXPERIMENT, "edges").query("model == @family and seed == @seed", local_dict={"family": family, "seed": int(seed)})
+    cfg = load_model(name, device="cpu").cfg
+    rows = [[head_label(layer, head) for head in range(cfg.n_heads)] for layer in range(cfg.n_layers)]
+    return circuit_diagram(edges.rename(columns={"fall": "weight"}).assign(into=edges.part.map({"k": "into keys", "q": "into queries", "v": "into values"})),
+                           rows, colour="into", least=least)
+
+# %% ../../nbs/20_induction_heads.ipynb #2d893bbc
 def composition_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The composition test for every shipped subject that has both kinds of heads."
     import pandas as pd
@@ -475,11 +502,12 @@ def composition_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     for row, name in itertools.product(rows, ("score", "second_loss")):
         of = f"compose_{'natural_' if row['stimulus'] == 'natural' else ''}{row['part']}_{row['source']}_{name}"
         grouped.setdefault((row["model"], of, name), {}).setdefault(row["seed"], []).append(row[name])
-    results = {key(family, of): over_seeds(family, [np.mean(sets, axis=0) for sets in seeds.values()], f"{of.removeprefix('compose_').replace('_', ' ')}: the induction heads receive q, k or v of a run without the source heads",
+    results = {key(family, of): over_seeds([np.mean(sets, axis=0) for sets in seeds.values()], f"{of.removeprefix('compose_').replace('_', ' ')}: the induction heads receive q, k or v of a run without the source heads",
                                            "" if name == "score" else "nats/token", (0.0, 1.0) if name == "score" else (0.0, float("inf")))
                for (family, of, name), seeds in grouped.items()}
     table = pd.DataFrame([{**row, "score": row["score"].mean(), "second_loss": row["second_loss"].mean(), "n": len(row["score"])} for row in rows])
-    return kept(results), {"composition": table}
+    edges = pd.DataFrame([row for subject in shipped_subjects() for row in edge_effects(subject)])
+    return kept(results), {"composition": table, "edges": edges}
 
 # %% ../../nbs/20_induction_heads.ipynb #53d8f72e
 def heads_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
