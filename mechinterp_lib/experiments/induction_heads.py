@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PURPOSES', 'MEASURES', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS', 'MATCHES',
-           'DIET_COLUMNS', 'STRONG', 'Head', 'STAGES', 'Subject', 'shipped_subjects', 'untrained_subjects',
-           'public_subjects', 'bos_token', 'copy_length', 'shown_tokens', 'passages', 'stimuli', 'unrelated', 'copying',
-           'best_heads', 'measure', 'describe', 'over_seeds', 'key', 'kept', 'result_frame', 'copying_families',
-           'copying_stage', 'moment', 'course', 'phase_change', 'plateau', 'shipped_runs', 'course_stage',
-           'course_missing', 'diet_recipe', 'diets', 'match_rows', 'match_stage', 'last_weights', 'measure_diet',
-           'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets', 'ablation_hooks', 'outcomes',
+           'NATURAL_MATCHES', 'DIET_COLUMNS', 'STRONG', 'Head', 'STAGES', 'Subject', 'shipped_subjects',
+           'untrained_subjects', 'public_subjects', 'bos_token', 'copy_length', 'shown_tokens', 'passages', 'stimuli',
+           'unrelated', 'copying', 'best_heads', 'measure', 'describe', 'over_seeds', 'key', 'kept', 'result_frame',
+           'copying_families', 'copying_stage', 'moment', 'course', 'phase_change', 'plateau', 'shipped_runs',
+           'course_stage', 'course_missing', 'diet_recipe', 'diets', 'match_rows', 'match_stage', 'last_weights',
+           'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets', 'ablation_hooks', 'outcomes',
            'ablation_effects', 'ablation_stage', 'composition_effects', 'composition_row', 'edge_effects',
            'circuit_figure', 'composition_stage', 'heads_stage', 'analysis', 'attention_figure', 'brief', 'findings']
 
@@ -69,7 +69,7 @@ def public_subjects() -> list[Subject]:
     if not all(map(has_corpus, ("babyllama-105", "babyllama-105-vocab", "tinystories-sample"))): return []
     return [Subject("babyllama-105", 0, lambda: load_model(fetch("babyllama-105"), device="cpu"), "tinystories-sample", 0.0)]
 
-# %% ../../nbs/20_induction_heads.ipynb #1a415d6c
+# %% ../../nbs/20_induction_heads.ipynb #f9fb74cb
 def bos_token(model: TransformerBridge) -> int | None:
     "The beginning-of-sequence token that the model was trained with, or None."
     return getattr(model.tokenizer, "bos_token_id", None)
@@ -98,8 +98,8 @@ def stimuli(subject: Subject, model: TransformerBridge, purpose: str, n: int = 1
     import torch
     bos, length = bos_token(model), copy_length(model)
     low = 0 if bos is None else bos + 2                                      # past BabyLlama's three control tokens
-    pool = passages(subject, model, length, 2 * n, generator("natural"))
-    once = pool[PURPOSES.index(check_choice("purpose", purpose, PURPOSES))::2]
+    pool = passages(subject, model, length, 2 * n, generator("natural"))             # where the text is short, measuring comes first
+    once = pool[:n] if check_choice("purpose", purpose, PURPOSES) == "measure" else pool[n:]
     front = once[:, :0] if bos is None else torch.full_like(once[:, :1], bos)
     return {"random": repeated_random(n, length, model.cfg.d_vocab, generator(purpose, "random"), bos=bos, low=low),
             "natural": torch.cat([front, once, once], dim=1)}
@@ -196,12 +196,13 @@ def copying_stage(chosen: Callable[[], list[Subject]], tag: str) -> tuple[dict[s
     results = {key(family, name): over_seeds(values, *describe(name)) for (family, name), values in families.items()}
     return kept(results), {f"copying_{tag}": pd.DataFrame(rows), f"scores_{tag}": pd.concat(scores)}
 
-# %% ../../nbs/20_induction_heads.ipynb #a846d8d9
-def moment(model: TransformerBridge, subject: Subject, n: int = 48) -> dict[str, float]:
-    "Scores, copying, and the probability of the right continuation after one and two agreeing characters, on `n` sequences each."
+# %% ../../nbs/20_induction_heads.ipynb #ccd10550
+def moment(model: TransformerBridge, subject: Subject, n: int = 48) -> dict[str, float | str]:
+    "The best heads and their scores, copying, and the probability of the right continuation after one and two agreeing characters, on `n` sequences each."
     length, shown = copy_length(model), stimuli(subject, model, "measure", n)
     scores = head_scores(model, shown["random"], length)
-    row = {kind: float(scores[kind][:, layer, head].mean()) for kind, (layer, head) in best_heads(model, subject, n).items()}
+    row = {}
+    for kind, (layer, head) in best_heads(model, subject, n).items(): row |= {kind: float(scores[kind][:, layer, head].mean()), f"{kind}_head": head_label(layer, head)}
     for stimulus, tokens in shown.items(): row |= {f"{stimulus}_{name}": float(value.mean()) for name, value in copying(model, tokens, length).items()}
     return row | {f"match_{m}": float(found["probability"].mean()) for m, found in copying_by_match_length(model, (1, 2), batch=2 * n).items()}
 
@@ -268,8 +269,8 @@ def diets() -> dict[str, Recipe]:
     grid = [diet_recipe(kind, fraction, warmup) for fraction in FRACTIONS for kind in ("random", "natural") for warmup in (True, False)]
     return {recipe.name: recipe for recipe in grid if recipe.name != "diet-natural-0"}
 
-# %% ../../nbs/20_induction_heads.ipynb #faf3e877
-MATCHES = (1, 2, 3, 4, 6)
+# %% ../../nbs/20_induction_heads.ipynb #ca77307d
+MATCHES, NATURAL_MATCHES = (1, 2, 3, 4, 6), (0, 1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 def match_rows(subject: Subject) -> list[dict]:
     "Rows (match length, rival or not, measure, one number a sequence) of one subject."
@@ -280,7 +281,10 @@ def match_rows(subject: Subject) -> list[dict]:
         measured = copying_by_match_length(model, MATCHES[1:] if rival else MATCHES, distractor=rival, **options)
         rows += [{"model": subject.family, "seed": subject.seed, "match": m, "rival": rival, "measure": name, "values": values[name].double().numpy()}
                  for m, values in measured.items() for name in ("probability", "accuracy", "distractor_probability") if name in values]
-    return rows
+    tokens, length = stimuli(subject, model, "measure")["natural"], copy_length(model)
+    gains = (position_losses(model, unrelated(tokens, length)) - position_losses(model, tokens))[:, -length:].double().numpy()
+    return rows + [{"model": subject.family, "seed": subject.seed, "match": m, "rival": False, "measure": "natural_advantage", "values": gains[:, m]}
+                   for m in NATURAL_MATCHES if m < length]
 
 def match_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Copying by match length for every subject; numbers for each family."
@@ -291,7 +295,10 @@ def match_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         values = row.pop("values")
         grouped.setdefault((row["model"], name), []).append(values)
         table.append({**row, "value": values.mean(), "n": len(values)})
-    results = {key(family, name): over_seeds(values, f"{name.replace('_', ' ')} of the continuation", "", (0.0, 1.0)) for (family, name), values in grouped.items()}
+    def sum_up(name: str, values: list) -> Result | None:
+        if name.endswith("advantage"): return over_seeds(values, f"{name.replace('_', ' ')} at the character of the second copy before which so many agree", "nats/token")
+        return over_seeds(values, f"{name.replace('_', ' ')} of the continuation", "", (0.0, 1.0))
+    results = {key(family, name): sum_up(name, values) for (family, name), values in grouped.items()}
     return kept(results), {"match_length": pd.DataFrame(table)}
 
 # %% ../../nbs/20_induction_heads.ipynb #75b9a4a5
@@ -545,7 +552,7 @@ def attention_figure(name: str = "induction-2l/seed0", length: int = 20):
     heads = [divmod(int(scores[kind][0].argmax()), model.cfg.n_heads) for kind in ("previous", "induction")]
     return attention_grid(np.stack([attention.patterns[head][0].numpy() for head in heads]), [head_label(*head) for head in heads], attention.tokens[0], columns=2)
 
-# %% ../../nbs/20_induction_heads.ipynb #41a3ff49
+# %% ../../nbs/20_induction_heads.ipynb #a4b0ad52
 def _corpus_missing() -> str | None:
     return None if has_corpus("tinyshakespeare") else "it shows models unseen Shakespeare, and tinyshakespeare.txt is neither in MECHINTERP_DATA nor in the cache"
 
@@ -562,14 +569,14 @@ STAGES = {
     "copying": Stage(partial(copying_stage, lambda: shipped_subjects() + untrained_subjects(), "ours"), {"sequences": 128}, range(5), _OURS, _corpus_missing),
     "public": Stage(partial(copying_stage, public_subjects, "public"), {"sequences": 128}, [0], _ALL, _babyllama_missing),
     "heads": Stage(heads_stage, {"sequences": 64, "q": 0.05}, range(5), _ALL, _babyllama_missing),
-    "match": Stage(match_stage, {"sequences": 256, "matches": list(MATCHES)}, range(5), _ALL, _babyllama_missing),
+    "match": Stage(match_stage, {"sequences": 256, "matches": list(MATCHES), "natural_matches": list(NATURAL_MATCHES)}, range(5), _ALL, _babyllama_missing),
     "ablation": Stage(ablation_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, _corpus_missing),
     "composition": Stage(composition_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, _corpus_missing),
     "course": Stage(course_stage, {"sequences": 48}, range(5), _OURS, course_missing),
     "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, DIET_SEEDS, _OURS, diets_missing),
 }
 
-# %% ../../nbs/20_induction_heads.ipynb #41e26562
+# %% ../../nbs/20_induction_heads.ipynb #07d5c4b3
 def brief(result: Result) -> str:
     "Value, interval and n in brackets."
     return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
@@ -581,6 +588,8 @@ def findings(results: dict[str, Result]) -> list[str]:
          "induction_2l_random_second_accuracy", "induction_2l_best_induction"),
         ("These heads match on two characters, not one: the right continuation gets a probability of {} when one character agrees with its earlier occurrence, {} when two do.",
          "induction_2l_match_1_probability", "induction_2l_match_2_probability"),
+        ("They began otherwise: on a plateau halfway one agreeing character is worth {}, as much as two, {}; the second character is a second phase change.",
+         "induction_2l_plateau_match_1", "induction_2l_plateau_match_2"),
         ("The keys carry the circuit: with keys from a run without previous-token heads, the attention on the target falls from {} to {}.",
          "induction_2l_compose_intact_intact_score", "induction_2l_compose_k_previous_score"),
         ("Shakespeare alone grows no induction head in a two-layer model: best score {}, copying advantage on real passages {} nats a character.",
@@ -589,5 +598,7 @@ def findings(results: dict[str, Result]) -> list[str]:
          "diet_random_0_2_best_induction", "diet_random_0_05_warm_best_induction", "diet_random_0_warm_best_induction"),
         ("Copying learned on random characters hardly carries over to real passages, an advantage of {} nats a character; copying learned on real passages does, {}.",
          "diet_random_0_2_natural_advantage", "diet_natural_0_2_warm_natural_advantage"),
+        ("A two-layer Shakespeare model with a fifth of repeated passages in its diet copies passages that it has never seen, an advantage of {} nats a character; ablating its induction heads costs {} there, and {} on other text.",
+         "shakespeare_induction_natural_advantage", "shakespeare_induction_ablate_induction_mean_natural_second_loss", "shakespeare_induction_ablate_induction_mean_text_loss"),
         ("BabyLlama-105, a public model of stories, has no induction head: best score {}, copying advantage on real passages {} nats a character.", "babyllama_105_best_induction", "babyllama_105_natural_advantage")]
     return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
