@@ -411,19 +411,21 @@ def ablation_effects(subject: Subject) -> tuple[list[dict], dict[str, Float[np.n
                   "measure": name, "change": after[name] - intact[name]} for name in intact]
     return rows, intact
 
-# %% ../../nbs/20_induction_heads.ipynb #334a11e5
+# %% ../../nbs/20_induction_heads.ipynb #1113057f
 def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Effect of removing heads: for each family, group, method and measure the mean change; as a table, each set of heads."
     import pandas as pd
-    grouped, whole, table = {}, {}, []
+    grouped, whole, counts, table = {}, {}, {}, []
     for subject in shipped_subjects():
         rows, intact = ablation_effects(subject)
+        counts.setdefault(subject.family, []).append(np.array([len({row["heads"] for row in rows if row["group"] == "single_induction"})]))
         for name, values in intact.items(): whole.setdefault((subject.family, name), []).append(values)
         for row in rows:
             grouped.setdefault((row["model"], f"{row['group']}_{row['method']}_{row['measure']}"), {}).setdefault(row["seed"], []).append(row["change"])
             result = mean_result(row["change"], unit="nats/token", how="")
             table.append({**row, "change": result.value, "ci_low": result.ci_low, "ci_high": result.ci_high, "n": result.n})
     results = {key(family, f"intact_{name}"): over_seeds(values, f"{name.replace('_', ' ')} of the intact model", "nats/token") for (family, name), values in whole.items()}
+    results |= {key(family, "strong_heads"): over_seeds(values, f"induction heads with a score of at least {STRONG} on random or natural repeats", "heads") for family, values in counts.items()}
     results |= {key(family, f"ablate_{name}"): over_seeds([np.mean(sets, axis=0) for sets in seeds.values()], f"change by ablation ({name.replace('_', ' ')}), averaged over sets of heads", "nats/token")
                for (family, name), seeds in grouped.items()}
     return kept(results), {"ablation": pd.DataFrame(table)}
