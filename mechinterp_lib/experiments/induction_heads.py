@@ -578,7 +578,7 @@ STAGES = {
     "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, DIET_SEEDS, _OURS, diets_missing),
 }
 
-# %% ../../nbs/20_induction_heads.ipynb #07d5c4b3
+# %% ../../nbs/20_induction_heads.ipynb #b00c1fe9
 def brief(result: Result) -> str:
     "Value, interval and n in brackets."
     return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
@@ -596,8 +596,8 @@ def findings(results: dict[str, Result]) -> list[str]:
          "induction_2l_compose_intact_intact_score", "induction_2l_compose_k_previous_score"),
         ("Shakespeare alone grows no induction head in a two-layer model: best score {}, copying advantage on real passages {} nats a character.",
          "diet_random_0_best_induction", "diet_random_0_natural_advantage"),
-        ("Repeats in the training data start the heads: a fifth of random repeats from the first step on gives a best score of {}. After a warm-up of repeats 5% are enough to keep them, {}; with none they are gone, {}.",
-         "diet_random_0_2_best_induction", "diet_random_0_05_warm_best_induction", "diet_random_0_warm_best_induction"),
+        ("Repeats in the training data start the heads: a fifth of random repeats from the first step on gives a best score of {}. After a warm-up of repeats 2% are enough to keep them, {}; with none they are gone, {}.",
+         "diet_random_0_2_best_induction", "diet_random_0_02_warm_best_induction", "diet_random_0_warm_best_induction"),
         ("Copying learned on random characters hardly carries over to real passages, an advantage of {} nats a character; copying learned on real passages does, {}.",
          "diet_random_0_2_natural_advantage", "diet_natural_0_2_warm_natural_advantage"),
         ("A two-layer Shakespeare model with a fifth of repeated passages in its diet copies passages that it has never seen, an advantage of {} nats a character; ablating its induction heads costs {} there, and {} on other text.",
