@@ -1,0 +1,195 @@
+"""Replay against the naive loop, over architectures and components: what would clutter the chapter on interventions."""
+import pytest, torch, transformers
+
+from mechinterp_lib.core import InputError, seeded
+from mechinterp_lib.interventions import COMPONENTS, TOLERANCE, Edit, Replay, capture, each_edit, hook_name, naive_run, position_first, replaced
+from mechinterp_lib.models import as_bridge, new_model
+
+GQA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, max_position_embeddings=32)
+CONFIGS = {
+    "GPT2LMHeadModel": dict(vocab_size=50, n_positions=32, n_embd=32, n_layer=3, n_head=4),
+    "LlamaForCausalLM": GQA,
+    "Qwen3ForCausalLM": GQA | dict(head_dim=16),
+    "MistralForCausalLM": GQA | dict(head_dim=8, sliding_window=3),
+    "Gemma2ForCausalLM": GQA | dict(head_dim=8, sliding_window=3, attn_logit_softcapping=2.0, final_logit_softcapping=1.5, query_pre_attn_scalar=8),
+    "GPTNeoXForCausalLM": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=50, max_position_embeddings=32),
+}
+NATIVE = {"class": "attention_only", "d_vocab": 50, "n_ctx": 32, "d_model": 32, "n_layers": 3, "n_heads": 4, "d_head": 8}
+T = 7
+
+
+def build(name):
+    "A bridge around random weights, large enough that every component matters."
+    if name == "native": module = new_model(NATIVE, 0)
+    else:
+        model_class = getattr(transformers, name)
+        with seeded("architecture", name):
+            module = model_class(model_class.config_class(**CONFIGS[name], bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    with seeded("weights", name):
+        for weight in module.parameters(): weight.data += 0.15 * torch.randn_like(weight)
+    return as_bridge(module)
+
+
+@pytest.fixture(scope="module", params=[*CONFIGS, "native"])
+def model(request): return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def gpt2(): return build("GPT2LMHeadModel")
+
+
+def prompts_of(padded):
+    with seeded("prompts"): tokens = torch.randint(0, 50, (4, T))
+    mask = torch.ones(2, T, dtype=torch.long)
+    if padded: mask[1, :3] = 0
+    return tokens[:2], tokens[2:], mask if padded else None
+
+
+def components_of(model): return [c for c, rest in COMPONENTS.items() if f"blocks.0.{rest}" in model.hook_dict]
+
+
+def close(ours, theirs): assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max(), (ours - theirs).abs().max() / theirs.abs().max()
+
+
+def some(edits, rows, grid_prompts, every):
+    "A scan thinned out to every so many rows."
+    kept = torch.arange(0, rows, every)
+    new = torch.full((rows,), -1)
+    new[kept] = torch.arange(len(kept))
+    def cut(edit):
+        inside = new[edit.rows] >= 0
+        pick = lambda x: None if x is None else x[inside]
+        return Edit(edit.component, edit.layer, new[edit.rows][inside], edit.value[inside], pick(edit.position), pick(edit.head))
+    return [cut(edit) for edit in edits], grid_prompts[kept]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("positions", ["each", "all"])
+def test_every_component_equals_the_naive_loop(model, padded, positions):
+    clean, corrupted, mask = prompts_of(padded)
+    components = components_of(model)
+    source, replay = Replay(model, clean, mask, keep=components), Replay(model, corrupted, mask, keep=components)
+    assert replay.exact and source.exact
+    for component in components:
+        scan, prompts, grid = each_edit(component, dict(enumerate(source.kept[component])), positions=positions)
+        edits, prompts = some(scan, len(prompts), prompts, max(1, len(prompts) // 16 | 1))
+        naive = torch.stack(list(naive_run(model, corrupted, edits, prompts, mask)))
+        if padded: keep = torch.stack([mask[p] for p in prompts]) == 1
+        else: keep = torch.ones(len(prompts), T, dtype=torch.bool)
+        close(replay.run(edits, prompts)[keep], naive[keep])
+        close(replay.run(edits, prompts, read=-1)[:, 0], naive[:, -1])
+        close(replay.run(edits, prompts, read=[[4, 6], [3, 5]])[:, 1], torch.stack([n[[6, 5][p]] for n, p in zip(naive, prompts)]))
+
+
+def test_several_edits_of_one_row(model):
+    clean, corrupted, _ = prompts_of(False)
+    components = components_of(model)
+    source, replay = Replay(model, clean, keep=components), Replay(model, corrupted)
+    rows = torch.arange(len(components))
+    edits, prompts = [], rows % 2
+    for i, component in enumerate(components):
+        for layer, j, position in ((2, i, 3), (0, (i + 3) % len(components), 5), (1, (i + 5) % len(components), 2)):
+            edits.append(Edit(component, layer, rows[j:j + 1], source.kept[component][layer][j % 2, position][None], torch.tensor([position])))
+    naive = torch.stack(list(naive_run(model, corrupted, edits, prompts)))
+    close(replay.run(edits, prompts), naive)
+    close(replay.run(edits, prompts, read=5)[:, 0], naive[:, 5])
+
+
+def test_identities(model):
+    clean, corrupted, _ = prompts_of(False)
+    source, replay = Replay(model, clean, keep=["resid_pre"]), Replay(model, corrupted, keep=components_of(model))
+    for component in components_of(model):
+        scan, prompts, _ = each_edit(component, dict(enumerate(replay.kept[component])), positions="all")
+        close(replay.run(scan, prompts), replay.logits[prompts])                                # itself: nothing changes
+    scan, prompts, _ = each_edit("resid_pre", dict(enumerate(source.kept["resid_pre"])), positions="all")
+    close(replay.run(scan, prompts), source.logits[prompts])                                    # the whole stream: the clean run
+
+
+def test_memory_only_cuts_the_scan_into_pieces(gpt2):
+    clean, corrupted, _ = prompts_of(False)
+    values = dict(enumerate(Replay(gpt2, clean, keep=["z"]).kept["z"]))
+    scan, prompts, _ = each_edit("z", values)
+    sizes = []
+    def count(logits, rows): sizes.append(len(rows)); return logits[:, -1]
+    whole = Replay(gpt2, corrupted).run(scan, prompts, read=-1, reduce=count)
+    small = Replay(gpt2, corrupted, memory=2**20).run(scan, prompts, read=-1, reduce=count)
+    assert len(sizes) > 2 and sizes[0] == len(prompts)
+    close(small, whole)
+
+
+def test_nothing_stays_behind(gpt2):
+    _, tokens, _ = prompts_of(False)
+    hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in gpt2.modules()]
+    with torch.no_grad(): gpt2(tokens)                              # the bridge wires hooks of its own in its first run
+    before, state, grads = hooks(), {k: v.clone() for k, v in gpt2.state_dict().items()}, [p.requires_grad for p in gpt2.parameters()]
+    def broken(logits, rows): raise KeyboardInterrupt
+    scan, prompts, _ = each_edit("z", dict(enumerate(Replay(gpt2, tokens, keep="z").kept["z"])))
+    replay = Replay(gpt2, tokens)
+    with pytest.raises(KeyboardInterrupt): replay.run(scan, prompts, reduce=broken)
+    for error in (KeyboardInterrupt, ZeroDivisionError):
+        def fails(value): raise error
+        with pytest.raises(error), replaced(gpt2, {"blocks.1.attn.hook_z": fails, "blocks.0.hook_resid_mid": lambda x: x}): gpt2(tokens)
+        with pytest.raises(error), replaced(gpt2, {"blocks.1.attn.hook_z": lambda z: z}): raise error
+    assert hooks() == before and not gpt2.training and [p.requires_grad for p in gpt2.parameters()] == grads
+    assert all(torch.equal(v, state[k]) for k, v in gpt2.state_dict().items()) and all(p.grad is None for p in gpt2.parameters())
+
+
+def test_native_patterns_leave_the_model_as_it_was():
+    model = build("native")
+    _, tokens, _ = prompts_of(False)
+    def fails(pattern): raise KeyboardInterrupt
+    with torch.no_grad(): before = model(tokens)
+    with pytest.raises(KeyboardInterrupt), replaced(model, {"blocks.1.attn.hook_pattern": fails}): model(tokens)
+    with torch.no_grad(): assert torch.equal(model(tokens), before)
+    assert all("forward" not in block.attn.original_component.__dict__ for block in model.blocks)
+
+
+def test_a_model_that_cannot_be_replayed_takes_the_naive_way(gpt2):
+    clean, corrupted, _ = prompts_of(False)
+    values = dict(enumerate(Replay(gpt2, clean, keep=["z"]).kept["z"]))
+    scan, prompts, _ = each_edit("z", values)
+    edits, prompts = some(scan, len(prompts), prompts, 29)
+    with replaced(gpt2, {"blocks.0.mlp.hook_post": lambda post: 0.5 * post}):                 # a hook that the twin does not have
+        with pytest.warns(UserWarning, match="cannot be replayed exactly"): replay = Replay(gpt2, corrupted)
+        assert not replay.exact
+        slow = replay.run(edits, prompts, read=-1)
+        close(slow[:, 0], torch.stack([logits[-1] for logits in naive_run(gpt2, corrupted, edits, prompts)]))
+
+
+def refuse(action, *words):
+    with pytest.raises(InputError) as caught: action()
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 300, message
+    for word in words: assert word in message, message
+
+
+def test_bad_input_names_the_argument(gpt2):
+    _, tokens, _ = prompts_of(False)
+    replay, row, head = Replay(gpt2, tokens), torch.tensor([0]), torch.tensor([1])
+    z = torch.zeros(1, 8)
+    good = Edit("z", 1, row, z, row, head)
+    assert replay.run([good], read=-1).shape == (1, 1, 50)
+    refuse(lambda: replay.run([Edit("zz", 1, row, z, row, head)]), "component")
+    refuse(lambda: replay.run([Edit("z", 3, row, z, row, head)]), "layer")
+    refuse(lambda: replay.run([Edit("z", 1, row, z, row, head + 3)]), "head", "0 to 3")
+    refuse(lambda: replay.run([Edit("z", 1, row, z, row + T, head)]), "position", "0 to 6")
+    refuse(lambda: replay.run([Edit("z", 1, row, z[:, :5], row, head)]), "value", "(1, 8)")
+    refuse(lambda: replay.run([Edit("z", 1, row, z / 0, row, head)]), "value", "NaN")
+    refuse(lambda: replay.run([Edit("resid_pre", 1, row, z, row, head)]), "head", "no heads")
+    refuse(lambda: replay.run([good], prompts=torch.tensor([2])), "prompts", "0 to 1")
+    refuse(lambda: replay.run([good], read=T), "read")
+    refuse(lambda: replay.run([good], read=[1, 1]), "read")
+    refuse(lambda: replay.run([good], reduce=lambda logits, rows: logits.sum()), "reduce")
+    refuse(lambda: Replay(gpt2, tokens[:, :0]), "tokens")
+    refuse(lambda: Replay(gpt2, tokens.float()), "tokens")
+    refuse(lambda: Replay(gpt2, tokens + 50), "tokens", "0 to 49")
+    refuse(lambda: Replay(gpt2, tokens, attention_mask=torch.tensor([[1] * 6 + [0]] * 2)), "attention_mask", "left")
+    refuse(lambda: Replay(gpt2, tokens, keep=["zz"]), "component")
+    refuse(lambda: capture(gpt2, tokens, ["blocks.0.attn.hook_zz"]), "names", "hook_z")
+    refuse(lambda: replaced(gpt2, {"blocks.9.attn.hook_z": z}).__enter__(), "replacements")
+    refuse(lambda: hook_name(build("GPTNeoXForCausalLM"), "resid_mid", 0), "component")
+    gpt2.train()
+    try: refuse(lambda: Replay(gpt2, tokens), "model", "training")
+    finally: gpt2.eval()
+    half = build("GPT2LMHeadModel").to(torch.bfloat16)
+    refuse(lambda: Replay(half, tokens), "model", "float32")
