@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'capture', 'replaced', 'Edit',
            'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read']
 
-# %% ../nbs/06_interventions.ipynb #a7f6c6bb
+# %% ../nbs/06_interventions.ipynb #b02c4919
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
               "mlp_out": "hook_mlp_out", "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "pattern": "attn.hook_pattern",
               "z": "attn.hook_z", "post": "mlp.hook_post"}
@@ -31,11 +31,17 @@ COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "res
 def hook_name(model: TransformerBridge, component: str, layer: int) -> str:
     "The bridge's name of a component, `blocks.3.attn.hook_z`; an `InputError` where the model has no such component or layer."
     check_choice("component", component, COMPONENTS)
-    name = f"blocks.{check_range('layer', layer, 0, model.cfg.n_layers)}.{COMPONENTS[component]}"
-    if name not in model.hook_dict:
-        have = [c for c, rest in COMPONENTS.items() if f"blocks.{layer}.{rest}" in model.hook_dict]
+    check_range("layer", layer, 0, model.cfg.n_layers)
+    if _hook_point(model, component, layer) is None:
+        have = [c for c in COMPONENTS if _hook_point(model, c, layer) is not None]
         raise InputError("component", component, f"this model's blocks have: {', '.join(have)}")
-    return name
+    return f"blocks.{layer}.{COMPONENTS[component]}"
+
+def _hook_point(model: TransformerBridge, component: str, layer: int):
+    "The hook of a component; None where a block has none. (`model.hook_dict` knows them all, but makes its list anew each time.)"
+    owner = model.blocks[layer]
+    for part in COMPONENTS[component].split("."): owner = getattr(owner, part, None)
+    return owner
 
 # %% ../nbs/06_interventions.ipynb #45b45197
 def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -282,12 +288,12 @@ def _joint_split(joint: nn.Module, attn: nn.Module, which: str, d_head: int) -> 
     if len(set(sizes)) == 1: splits.append(lambda x: x.unflatten(-1, (-1, 3, d_head)).select(-2, at))
     return next((split for split in splits if torch.allclose(split(out).flatten(-2), wanted[which], rtol=1e-4, atol=1e-5 * out.abs().max().item())), None)
 
-# %% ../nbs/06_interventions.ipynb #4ae12fef
+# %% ../nbs/06_interventions.ipynb #79b32e9b
 def _places(model: TransformerBridge, layer: int, made: Mapping[int, nn.Module]) -> dict[str, _Place]:
     "The places of one layer's components in the twin; one that is not there cannot be edited by replay."
     block, places = model.blocks[layer], {}
     for component in ("attn_out", "mlp_out", "q", "k", "v", "z", "post"):
-        point = model.hook_dict.get(f"blocks.{layer}.{COMPONENTS[component]}")
+        point = _hook_point(model, component, layer)
         if point is None: continue
         path, side = point.name.split(".")[2:-1], point.name.rpartition("hook_")[2]
         owner = block
@@ -392,7 +398,7 @@ def _tail(model: TransformerBridge, twin: nn.Module, made: Mapping[int, nn.Modul
         return head(input_ids=torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device), use_cache=False).logits
     return logits
 
-# %% ../nbs/06_interventions.ipynb #5405bcc8
+# %% ../nbs/06_interventions.ipynb #a1bbb8c2
 _FROZEN, _LOOK, _OWN = 0, 1, 2
 
 @dataclass
@@ -404,9 +410,21 @@ class _Group:
     stop: int
     kind: int
     prompts: Tensor
+    prompt: int | None = None                                                   # the prompt of all rows, if it is one
     keys: Tensor | None = None
     values: Tensor | None = None
     tokens: slice | None = None
+
+    @property
+    def where(self) -> slice | np.ndarray:
+        "The positions as an index; neighbours as a slice, which copies nothing."
+        first, last = int(self.positions[0]), int(self.positions[-1])
+        return slice(first, last + 1) if last - first + 1 == len(self.positions) else self.positions
+
+    def of(self, kept: Float[Tensor, "batch ..."]) -> Float[Tensor, "row ..."]:
+        "What the first run kept, for each row; rows of one prompt share it."
+        if self.prompt is None: return kept[self.prompts]
+        return kept[self.prompt].expand(len(self.rows), *kept.shape[1:])
 
 class _Frame:
     "The positions of a layer that are computed together: `row[i]`, `pos[i]` of packed token `i`, and `where[row, pos]` the way back (-1: not computed)."
@@ -428,12 +446,12 @@ class _Frame:
         "The frame of the positions that `choose(group)` gives for each group."
         return _Frame([replace(group, positions=choose(group)) for group in self.groups], *self.where.shape)
 
-# %% ../nbs/06_interventions.ipynb #6a952915
+# %% ../nbs/06_interventions.ipynb #e1a7f0b3
 def _group_keys(layer: _Layer, group: _Group, own: Callable[[Tensor], Tensor], key: Tensor, value: Tensor) -> None:
     "Give a group its keys and values: the first run's up to where it starts, then its own."
     import torch
     stop = group.stop if group.kind == _LOOK else group.start
-    earlier = [kept[:, :, :stop][group.prompts] for kept in (layer.keys, layer.values)]
+    earlier = [group.of(kept[:, :, :stop]) for kept in (layer.keys, layer.values)]
     if group.kind == _OWN: earlier = [torch.cat([kept, own(new)], 2) for kept, new in zip(earlier, (key, value))]
     group.keys, group.values = earlier
 
@@ -443,13 +461,13 @@ def _attend_frame(frame: _Frame, layer: _Layer, query, key, value, scaling, soft
     parts = []
     for group in frame.groups:
         if group.kind == _FROZEN:
-            if not frame.keys_only: parts.append(layer.z[:, group.positions][group.prompts].flatten(0, 1))
+            if not frame.keys_only: parts.append(group.of(layer.z[:, group.where]).flatten(0, 1))
             continue
         def own(x): return x[0, :, group.tokens].unflatten(1, (len(group.rows), -1)).transpose(0, 1)
         if group.keys is None: _group_keys(layer, group, own, key, value)
         if frame.keys_only: continue
-        mask = layer.mask[:, :, group.positions, :group.stop]
-        z = _attend(own(query), group.keys, group.values, mask[group.prompts] if len(mask) > 1 else mask, scaling, softcap,
+        mask = layer.mask[:, :, group.where, :group.stop]
+        z = _attend(own(query), group.keys, group.values, group.of(mask) if len(mask) > 1 else mask, scaling, softcap,
                     partial(_write_patterns, frame, group) if frame.pattern_writes else None)
         parts.append(z.flatten(0, 1))
     if frame.keys_only: raise _Enough
@@ -543,7 +561,7 @@ def _plan(edits: Sequence[Edit], n_rows: int, n_layers: int, n_pos: int) -> _Pla
         low[layer] = before = np.minimum(before, low[layer])
     return _Plan(low, np.maximum(low, high), kind)
 
-# %% ../nbs/06_interventions.ipynb #452bf78f
+# %% ../nbs/06_interventions.ipynb #c11a0070
 def _groups(plan: _Plan, layer: int, rows: np.ndarray, prompts: np.ndarray, reads: np.ndarray, device) -> list[_Group]:
     "The groups of a chunk's rows in one layer; `reads` tells apart prompts that are read at different positions."
     import numpy as np, torch
@@ -555,7 +573,8 @@ def _groups(plan: _Plan, layer: int, rows: np.ndarray, prompts: np.ndarray, read
     groups = []
     for part in np.split(live[order], cuts) if len(live) else ():
         first, end = int(start[part[0]]), int(stop[part[0]])
-        groups.append(_Group(part, np.arange(first, end), first, end, int(kind[part[0]]), torch.from_numpy(prompts[part]).to(device)))
+        same = int(prompts[part[0]]) if (prompts[part] == prompts[part[0]]).all() else None
+        groups.append(_Group(part, np.arange(first, end), first, end, int(kind[part[0]]), torch.from_numpy(prompts[part]).to(device), same))
     return groups
 
 # %% ../nbs/06_interventions.ipynb #e214ca03
@@ -617,7 +636,7 @@ def _compare_component(replay: Replay, component: str, ours: Sequence[Tensor], s
     if len(seen.get(component, ())) != len(ours): raise NotImplementedError(f"{component} is not found in the blocks")
     for layer, (one, other) in enumerate(zip(ours, seen[component])): _compare(replay, f"{component} of layer {layer}", one, other)
 
-# %% ../nbs/06_interventions.ipynb #71b6c5ce
+# %% ../nbs/06_interventions.ipynb #18d88cab
 def _run_twin(replay: Replay, components: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor]]]:
     "One forward pass of the twin, with the bridge's arguments: logits and components; streams, keys, values and arguments stay in the layers."
     seen: dict[str, list[Tensor]] = {}
@@ -650,7 +669,7 @@ def _note_streams(replay: Replay, resid, seen, shape, components) -> None:
     seen["resid_pre"], seen["resid_post"] = resid[:-1], resid[1:]
     if "resid_mid" in components: seen["resid_mid"] = [a + b for a, b in zip(resid, _run_twin(replay, ["attn_out"])[1]["attn_out"])]
     shape["resid_pre"] = shape["resid_post"] = tuple(resid[0].shape[1:])
-    if f"blocks.0.{COMPONENTS['resid_mid']}" in replay.model.hook_dict: shape["resid_mid"] = shape["resid_pre"]
+    if _hook_point(replay.model, "resid_mid", 0) is not None: shape["resid_mid"] = shape["resid_pre"]
     replay.shapes = shape
 
 # %% ../nbs/06_interventions.ipynb #e70bb5cd
@@ -752,7 +771,7 @@ def _chunks(replay: Replay, plan: _Plan, read: np.ndarray) -> Iterator[np.ndarra
     chunk = np.cumsum(cost) // replay.memory
     return iter(np.split(order, np.flatnonzero(np.diff(chunk)) + 1))
 
-# %% ../nbs/06_interventions.ipynb #cad7fe7a
+# %% ../nbs/06_interventions.ipynb #d1b6c8b6
 def _run(replay: Replay, edits: Sequence[Edit], prompts: Int[Tensor, "row"] | None = None, read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
          reduce: Callable[[Float[Tensor, "row read d_vocab"], Int[Tensor, "row"]], Tensor] | None = None) -> Tensor:
     """The logits `[row, read, d_vocab]` of each row, or what `reduce(logits, rows)` makes of a chunk of them; `prompts[row]` says which prompt a row is a
@@ -801,7 +820,7 @@ def _verify(replay: Replay, components: set[str]) -> None:
 
 def _naive_shapes(replay: Replay) -> dict[str, tuple[int, ...]]:
     "Shapes of the components of a model that is not replayed."
-    names = {c: name for c, rest in COMPONENTS.items() if (name := f"blocks.0.{rest}") in replay.model.hook_dict}
+    names = {c: hook_name(replay.model, c, 0) for c in COMPONENTS if _hook_point(replay.model, c, 0) is not None}
     seen = capture(replay.model, replay.tokens[:1], names.values())[1]
     return {c: tuple(position_first(c, seen[name]).shape[1:]) for c, name in names.items() if name in seen}
 
