@@ -71,11 +71,12 @@ def check_model(model: TransformerBridge) -> None:
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64): raise InputError("model", str(dtype), "load the model with dtype='float32': the effects of single heads are lost in half precision")
 
-# %% ../nbs/06_interventions.ipynb #cd753ec9
+# %% ../nbs/06_interventions.ipynb #90951696
 def _check_names(model: TransformerBridge, argument: str, names: Iterable[str]) -> list[str]:
     "`names`, all of them hooks of the model: the bridge itself passes over a name that it does not know."
     import difflib
-    names, known = [names] if isinstance(names, str) else list(names), model.hook_dict
+    names = [names] if isinstance(names, str) else list(names)
+    known = model.hook_dict if names else {}                                 # made anew each time, which takes milliseconds
     for name in names:
         if name in known: continue
         near = difflib.get_close_matches(str(name), known, n=1)
@@ -226,7 +227,7 @@ def each_edit(component: str, values: Mapping[int, Float[Tensor, "batch pos ..."
         first += len(where[0])
     return edits, where[0].repeat(len(edits)), (len(edits), *grid)
 
-# %% ../nbs/06_interventions.ipynb #4bcb9d36
+# %% ../nbs/06_interventions.ipynb #f2dc8627
 def _write_entry(edit: Edit, entry: int, activation: Tensor) -> Tensor:
     "`activation` of one prompt with one entry of an edit in place."
     new = position_first(edit.component, activation.clone())
@@ -234,19 +235,23 @@ def _write_entry(edit: Edit, entry: int, activation: Tensor) -> Tensor:
     new[where] = edit.value[entry].to(new)
     return position_first(edit.component, new)
 
+def _row_replacements(model: TransformerBridge, edits: Sequence[Edit], row: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    "The edits of one row, as `replaced` takes them."
+    new: dict[str, Callable] = {}
+    for edit in edits:
+        name = hook_name(model, edit.component, edit.layer)
+        for entry in (edit.rows == row).nonzero()[:, 0].tolist():
+            inner = new.get(name, lambda activation: activation)
+            new[name] = lambda activation, inner=inner, edit=edit, entry=entry: _write_entry(edit, entry, inner(activation))
+    return new
+
 def naive_run(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], edits: Sequence[Edit], prompts: Int[Tensor, "row"],
-              attention_mask: Int[Tensor, "batch pos"] | None = None) -> Iterator[Float[Tensor, "pos d_vocab"]]:
-    "The logits of each row, one whole forward pass with hooks a row."
-    import torch
+              attention_mask: Int[Tensor, "batch pos"] | None = None, names: Sequence[str] = ()) -> Iterator[tuple[Float[Tensor, "pos d_vocab"], dict[str, Tensor]]]:
+    "The logits, and the named activations, of each row: one whole forward pass with hooks a row."
     for row, prompt in enumerate(prompts.tolist()):
-        new: dict[str, Callable] = {}
-        for edit in edits:
-            name = hook_name(model, edit.component, edit.layer)
-            for entry in (edit.rows == row).nonzero()[:, 0].tolist():
-                inner = new.get(name, lambda activation: activation)
-                new[name] = lambda activation, inner=inner, edit=edit, entry=entry: _write_entry(edit, entry, inner(activation))
         mask = None if attention_mask is None else attention_mask[prompt:prompt + 1]
-        with torch.no_grad(), replaced(model, new): yield model(tokens[prompt:prompt + 1], attention_mask=mask)[0]
+        with replaced(model, _row_replacements(model, edits, row)): logits, seen = capture(model, tokens[prompt:prompt + 1], names, mask)
+        yield logits[0], {name: activation[0] for name, activation in seen.items()}
 
 # %% ../nbs/06_interventions.ipynb #88675afb
 _HOOK_LISTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -515,25 +520,27 @@ def _writes(edits: Sequence[Edit], local: np.ndarray, where: np.ndarray, device)
         found.setdefault(edit.component, []).append((torch.from_numpy(token).to(device), head, edit.value[tuple(map(torch.from_numpy, value))].to(device)))
     return found
 
-# %% ../nbs/06_interventions.ipynb #5b57da6a
+# %% ../nbs/06_interventions.ipynb #fc057e48
 def _write_all(writes: Sequence[_Write], activation: Float[Tensor, "one token ..."], base: Tensor | None = None) -> None:
     "Put edited values in place; with `base`, what has to be added to it to reach them."
     for token, head, value in writes:
         activation[0][token if head is None else (token, head)] = (value if base is None else value - base[token]).to(activation)
 
 def _run_block(layer: _Layer, frame: _Frame, hidden: Float[Tensor, "token d_model"], writes: Mapping[str, list[_Write]], prompt: Tensor, pos: Tensor,
-               batch: int, keys_only: bool = False) -> Float[Tensor, "token d_model"] | None:
-    "A block's output at packed positions with the writes in place; with `keys_only`, keys and values are left in the frame's groups."
+               batch: int, keys_only: bool = False, watch: _Place | None = None) -> Float[Tensor, "token ..."] | None:
+    """A block's output, or the activation at `watch`, at packed positions with the writes in place; with `keys_only`, keys and values are left in the frame's groups."""
+    seen = []
     arguments = {name: _picked(value, prompt, pos, batch, frame.where.shape[1]) for name, value in layer.arguments.items()}
     handles = [layer.places[name].watch(partial(_write_all, writes[name])) for name in writes if name in layer.places]
     if "resid_mid" in writes: handles.append(layer.places["attn_out"].watch(partial(_write_all, writes["resid_mid"], base=hidden)))
+    if watch is not None: handles.append(watch.watch(lambda activation: seen.append(activation[0].clone())))
     layer.frame, frame.pattern_writes, frame.keys_only = frame, writes.get("pattern", []), keys_only
     try: out = layer.block(hidden[None], **arguments)
     except _Enough: return None
     finally:
         layer.frame = None
         for handle in handles: handle.remove()
-    return (out[0] if isinstance(out, tuple) else out)[0]
+    return seen[0] if seen else (out[0] if isinstance(out, tuple) else out)[0]
 
 # %% ../nbs/06_interventions.ipynb #f42ff998
 @dataclass(frozen=True)
@@ -672,7 +679,7 @@ def _note_streams(replay: Replay, resid, seen, shape, components) -> None:
     if _hook_point(replay.model, "resid_mid", 0) is not None: shape["resid_mid"] = shape["resid_pre"]
     replay.shapes = shape
 
-# %% ../nbs/06_interventions.ipynb #e70bb5cd
+# %% ../nbs/06_interventions.ipynb #2507a263
 def _index(replay: Replay, array: np.ndarray) -> Tensor:
     import torch
     return torch.from_numpy(array).to(replay.tokens.device)
@@ -686,10 +693,11 @@ def _enter(replay: Replay, layer: int, frame: _Frame, prompts: np.ndarray, below
     if below is not None: hidden[_index(replay, source >= 0)] = below[0][_index(replay, source[source >= 0])]
     return hidden
 
-def _up(replay: Replay, layer: int, frame: _Frame, hidden: Tensor, edits: Sequence[Edit], local: np.ndarray, prompts: np.ndarray, keys_only: bool = False) -> Tensor | None:
-    "One block on a frame, edits in place."
+def _up(replay: Replay, layer: int, frame: _Frame, hidden: Tensor, edits: Sequence[Edit], local: np.ndarray, prompts: np.ndarray,
+        keys_only: bool = False, watch: _Place | None = None) -> Tensor | None:
+    "One block on a frame, edits in place: its output, or the activation at `watch`."
     writes = _writes([edit for edit in edits if edit.layer == layer and edit.component not in ("resid_pre", "resid_post")], local, frame.where, hidden.device)
-    return _run_block(replay.layers[layer], frame, hidden, writes, _index(replay, prompts[frame.row]), _index(replay, frame.pos), replay.batch, keys_only)
+    return _run_block(replay.layers[layer], frame, hidden, writes, _index(replay, prompts[frame.row]), _index(replay, frame.pos), replay.batch, keys_only, watch)
 
 def _last(replay: Replay, frame: _Frame, hidden: Tensor, edits, local, prompts, read: np.ndarray) -> tuple[Tensor, _Frame]:
     "The last block: keys and values at every changed position, the rest where the logits are read."
@@ -704,7 +712,7 @@ def _last(replay: Replay, frame: _Frame, hidden: Tensor, edits, local, prompts, 
     if not len(asked): return hidden[:0], asked
     return _up(replay, layer, asked, hidden[_index(replay, frame.where[asked.row, asked.pos])], edits, local, prompts), asked
 
-# %% ../nbs/06_interventions.ipynb #87856cff
+# %% ../nbs/06_interventions.ipynb #9ebd405e
 def _run_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Plan, edits: Sequence[Edit], read: np.ndarray, reads: np.ndarray) -> Tensor:
     "Logits `[row, read, d_vocab]` of the rows of a chunk."
     import numpy as np
@@ -721,6 +729,23 @@ def _run_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Pla
         else: out = _up(replay, layer, frame, hidden, edits, local, prompts)
         below = out, frame.where
     return _finish(replay, rows, prompts, edits, local, read, below)
+
+def _watch_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Plan, edits: Sequence[Edit], component: str, layer: int, out: Tensor) -> None:
+    "Write the activations of a chunk's rows in one layer to `out`, where they differ from the first run's."
+    import numpy as np
+    local, below = np.full(plan.start.shape[1], -1), None
+    local[rows] = np.arange(len(rows))
+    prompts = prompts[rows]
+    for index in range(layer + 1):
+        frame = _Frame(_groups(plan, index, rows, prompts, np.zeros(replay.batch, dtype=np.int64), replay.tokens.device), len(rows), replay.n_pos)
+        if not len(frame): continue
+        hidden = _enter(replay, index, frame, prompts, below)
+        _write_streams(replay, hidden, index, edits, local, frame.where)
+        place = replay.layers[layer].places.get(component) if index == layer else None
+        below = (hidden if index == layer and component == "resid_pre" else _up(replay, index, frame, hidden, edits, local, prompts, watch=place)), frame.where
+    if below is None: return
+    row, pos = np.nonzero(below[1] >= 0)
+    out[_index(replay, rows[row]), _index(replay, pos)] = below[0][_index(replay, below[1][row, pos])]
 
 def _write_streams(replay: Replay, hidden: Tensor, layer: int, edits: Sequence[Edit], local: np.ndarray, where: np.ndarray) -> list[_Write]:
     "Put edits of the stream before `layer` in place (`resid_post` of the layer below is the same stream)."
@@ -771,20 +796,26 @@ def _chunks(replay: Replay, plan: _Plan, read: np.ndarray) -> Iterator[np.ndarra
     chunk = np.cumsum(cost) // replay.memory
     return iter(np.split(order, np.flatnonzero(np.diff(chunk)) + 1))
 
-# %% ../nbs/06_interventions.ipynb #d1b6c8b6
-def _run(replay: Replay, edits: Sequence[Edit], prompts: Int[Tensor, "row"] | None = None, read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
-         reduce: Callable[[Float[Tensor, "row read d_vocab"], Int[Tensor, "row"]], Tensor] | None = None) -> Tensor:
-    """The logits `[row, read, d_vocab]` of each row, or what `reduce(logits, rows)` makes of a chunk of them; `prompts[row]` says which prompt a row is a
-    run of (all the first by default). `InputError` for an edit that does not fit the model, or a `reduce` that does not return one entry a row."""
+# %% ../nbs/06_interventions.ipynb #76822cb9
+def _ready(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None) -> tuple[list[Edit], Int[Tensor, "row"]]:
+    "Edits and prompts, checked; components not met before are compared with the bridge's."
     import torch
-    edits, read = list(edits), check_read(read, replay.batch, replay.n_pos)
+    edits = list(edits)
     if prompts is None: prompts = torch.zeros(max((int(e.rows.max()) + 1 for e in edits if len(e.rows)), default=0), dtype=torch.long)
-    if not isinstance(prompts, torch.Tensor) or prompts.dtype != torch.int64 or prompts.ndim != 1 or not len(prompts): raise InputError("prompts", prompts, "allowed: an int64 tensor, one entry a row")
+    if not isinstance(prompts, torch.Tensor) or prompts.dtype != torch.int64 or prompts.ndim != 1 or not len(prompts):
+        raise InputError("prompts", type(prompts).__name__, "allowed: an int64 tensor with one entry for each row, at least one")
     if prompts.min() < 0 or prompts.max() >= replay.batch: raise InputError("prompts", f"{int(prompts.min())} to {int(prompts.max())}", f"allowed: 0 to {replay.batch - 1}")
     for edit in edits: hook_name(replay.model, edit.component, edit.layer)
     _verify(replay, {edit.component for edit in edits})
-    for edit in edits: _checked_edit(edit, len(prompts), replay.n_layers, replay.shapes)
-    results = None
+    return [_checked_edit(edit, len(prompts), replay.n_layers, replay.shapes) for edit in edits], prompts
+
+def _run(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None = None, read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
+         reduce: Callable[[Float[Tensor, "row read d_vocab"], Int[Tensor, "row"]], Tensor] | None = None) -> Float[Tensor, "row ..."]:
+    """The logits `[row, read, d_vocab]` of each row, or what `reduce(logits, rows)` makes of a chunk of them; `prompts[row]` says which prompt a row is a
+    run of (the first by default). `InputError` for an edit that does not fit the model, or a `reduce` that does not return one entry a row."""
+    import torch
+    read, results = check_read(read, replay.batch, replay.n_pos), None
+    edits, prompts = _ready(replay, edits, prompts)
     for rows, logits in _stream(replay, edits, prompts, read):
         index = torch.from_numpy(rows)
         result = logits if reduce is None else reduce(logits, index)
@@ -798,7 +829,7 @@ def _stream(replay: Replay, edits, prompts, read) -> Iterator[tuple[np.ndarray, 
     "Rows and their logits, chunk by chunk."
     import numpy as np, torch
     if not replay.exact:
-        for row, logits in enumerate(naive_run(replay.model, replay.tokens, edits, prompts, replay.attention_mask)):
+        for row, (logits, _) in enumerate(naive_run(replay.model, replay.tokens, edits, prompts, replay.attention_mask)):
             yield np.array([row]), logits[_index(replay, read[int(prompts[row])])][None]
         return
     plan, _prompts = _plan(edits, len(prompts), replay.n_layers, replay.n_pos), prompts.numpy()
@@ -825,3 +856,22 @@ def _naive_shapes(replay: Replay) -> dict[str, tuple[int, ...]]:
     return {c: tuple(position_first(c, seen[name]).shape[1:]) for c, name in names.items() if name in seen}
 
 Replay.run = _run
+
+# %% ../nbs/06_interventions.ipynb #14923e82
+def _activation(replay: Replay, edits: Iterable[Edit], component: str, layer: int, prompts: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row pos ..."]:
+    "The activation of a component in each row, edits in place (position first); `pattern`, `resid_mid` and `resid_post` are not offered."
+    import numpy as np, torch
+    check_choice("component", component, ["resid_pre", "attn_out", "mlp_out", "q", "k", "v", "z", "post"])
+    name = hook_name(replay.model, component, layer)
+    edits, prompts = _ready(replay, edits, prompts)
+    _verify(replay, {component})
+    if not replay.exact:
+        runs = naive_run(replay.model, replay.tokens, edits, prompts, replay.attention_mask, [name])
+        return torch.stack([seen[name] for _, seen in runs])
+    kept = replay.kept[component] if component in replay.kept else _run_bridge(replay, [component])[1][component]
+    out, plan = kept[layer][prompts.to(kept[layer].device)], _plan(edits, len(prompts), replay.n_layers, replay.n_pos)
+    with torch.no_grad():
+        for rows in _chunks(replay, plan, check_read(-1, replay.batch, replay.n_pos)): _watch_chunk(replay, rows, prompts.numpy(), plan, edits, component, layer, out)
+    return out
+
+Replay.activation = _activation

@@ -51,6 +51,9 @@ def components_of(model): return [c for c, rest in COMPONENTS.items() if f"block
 def close(ours, theirs): assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max(), (ours - theirs).abs().max() / theirs.abs().max()
 
 
+def naive_logits(*arguments): return torch.stack([logits for logits, _ in naive_run(*arguments)])
+
+
 def some(edits, rows, grid_prompts, every):
     "A scan thinned out to every so many rows."
     kept = torch.arange(0, rows, every)
@@ -63,17 +66,16 @@ def some(edits, rows, grid_prompts, every):
     return [cut(edit) for edit in edits], grid_prompts[kept]
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("positions", ["each", "all"])
-def test_every_component_equals_the_naive_loop(model, padded, positions):
+@pytest.mark.parametrize("positions, padded", [("each", False), ("each", True), ("all", True)])
+def test_every_component_equals_the_naive_loop(model, positions, padded):
     clean, corrupted, mask = prompts_of(padded)
     components = components_of(model)
     source, replay = Replay(model, clean, mask, keep=components), Replay(model, corrupted, mask, keep=components)
     assert replay.exact and source.exact
     for component in components:
         scan, prompts, grid = each_edit(component, dict(enumerate(source.kept[component])), positions=positions)
-        edits, prompts = some(scan, len(prompts), prompts, max(1, len(prompts) // 16 | 1))
-        naive = torch.stack(list(naive_run(model, corrupted, edits, prompts, mask)))
+        edits, prompts = some(scan, len(prompts), prompts, max(1, len(prompts) // 8 | 1))
+        naive = naive_logits(model, corrupted, edits, prompts, mask)
         if padded: keep = torch.stack([mask[p] for p in prompts]) == 1
         else: keep = torch.ones(len(prompts), T, dtype=torch.bool)
         close(replay.run(edits, prompts)[keep], naive[keep])
@@ -90,9 +92,22 @@ def test_several_edits_of_one_row(model):
     for i, component in enumerate(components):
         for layer, j, position in ((2, i, 3), (0, (i + 3) % len(components), 5), (1, (i + 5) % len(components), 2)):
             edits.append(Edit(component, layer, rows[j:j + 1], source.kept[component][layer][j % 2, position][None], torch.tensor([position])))
-    naive = torch.stack(list(naive_run(model, corrupted, edits, prompts)))
+    naive = naive_logits(model, corrupted, edits, prompts)
     close(replay.run(edits, prompts), naive)
     close(replay.run(edits, prompts, read=5)[:, 0], naive[:, 5])
+
+
+def test_activations_further_up(model):
+    clean, corrupted, _ = prompts_of(False)
+    source, replay = Replay(model, clean, keep=["z", "k"]), Replay(model, corrupted)
+    edits = [Edit("z", 0, torch.tensor([0, 1]), source.kept["z"][0][[0, 1], [2, 4], [1, 1]], torch.tensor([2, 4]), torch.tensor([1, 1])),
+             Edit("k", 2, torch.tensor([1, 2]), source.kept["k"][2][0, :2], torch.tensor([3, 5]))]
+    prompts = torch.tensor([0, 1, 0])
+    for component in ("resid_pre", "attn_out", "q", "k", "v", "z", "post"):
+        if component not in components_of(model): continue
+        for layer in (0, 1, 2):
+            name = hook_name(model, component, layer)
+            close(replay.activation(edits, component, layer, prompts), torch.stack([seen[name] for _, seen in naive_run(model, corrupted, edits, prompts, None, [name])]))
 
 
 def test_identities(model):
@@ -153,7 +168,7 @@ def test_a_model_that_cannot_be_replayed_takes_the_naive_way(gpt2):
         with pytest.warns(UserWarning, match="cannot be replayed exactly"): replay = Replay(gpt2, corrupted)
         assert not replay.exact
         slow = replay.run(edits, prompts, read=-1)
-        close(slow[:, 0], torch.stack([logits[-1] for logits in naive_run(gpt2, corrupted, edits, prompts)]))
+        close(slow[:, 0], naive_logits(gpt2, corrupted, edits, prompts)[:, -1])
 
 
 def refuse(action, *words):
