@@ -50,11 +50,13 @@ def hooked(module, fields):
     return model.eval()
 
 
-def ours(bridge, clean, corrupted, cells):
+def ours(bridge, clean, corrupted, cells, vocab=None):
+    "The whole scan; with `vocab`, the logits of those two tokens only."
+    metric = logit_diff if vocab is None else lambda logits: logits[..., -1, 0] - logits[..., -1, 1]
     both = Replay(bridge, torch.cat([corrupted, clean]), keep=["z"])
     edits, _, grid = each_edit("z", {layer: z[1:] for layer, z in enumerate(both.kept["z"])})
     rows = torch.zeros(len(cells), dtype=torch.long)
-    scores = both.run(edits, rows, read=-1, reduce=lambda logits, _: logit_diff(logits))
+    scores = both.run(edits, rows, read=-1, vocab=vocab, reduce=lambda logits, _: metric(logits))
     return scores.view(grid)[:, 0].flatten()                                           # layer, pos, head
 
 
@@ -102,7 +104,8 @@ def main():
     cells = list(itertools.product(range(fields["n_layer"]), range(length), range(fields["n_head"])))
     part = options.part or (len(cells) if options.shape == "A" else 24)
     some = list(range(0, len(cells), -(-len(cells) // part)))
-    contestants = {"ours": lambda: ours(bridge, clean, corrupted, cells), "plain loop": lambda: plain(module, clean, corrupted, [cells[i] for i in some]),
+    contestants = {"ours": lambda: ours(bridge, clean, corrupted, cells), "ours, two logits": lambda: ours(bridge, clean, corrupted, cells, torch.tensor([ANSWER, WRONG])),
+                   "plain loop": lambda: plain(module, clean, corrupted, [cells[i] for i in some]),
                    "HookedTransformer": lambda: lens(tl, clean, corrupted, [cells[i] for i in some]), "bridge": lambda: lens(bridge, clean, corrupted, [cells[i] for i in some])}
     times, answers = {name: [] for name in contestants}, {}
     for _ in range(options.repeats):
@@ -111,8 +114,8 @@ def main():
             answers[name] = run()
             times[name].append(time.perf_counter() - began)
     for name in contestants:
-        scale = 1 if name == "ours" else len(cells) / len(some)
-        reference = answers["ours"] if name == "ours" else answers["ours"][some]
+        scale = 1 if name.startswith("ours") else len(cells) / len(some)
+        reference = answers["ours"] if name.startswith("ours") else answers["ours"][some]
         error = (answers[name].flatten() - reference).abs().max().item()
         best = min(times[name]) * scale
         print(f"{options.shape} {name:18s} {best:9.4f} s  {best / min(times['ours']):7.1f}x  largest difference {error:.1e}" + ("" if scale == 1 else f"  (from {len(some)} of {len(cells)} cells)"))

@@ -383,27 +383,35 @@ def _twin_layers(model: TransformerBridge) -> tuple[nn.Module, dict[int, nn.Modu
     _fuse_activations(twin)
     return twin, made, layers
 
-# %% ../nbs/06_interventions.ipynb #33519949
+# %% ../nbs/06_interventions.ipynb #b8f640f9
 class _BodyOutput(tuple):
     "What a model's body returns, as far as the head needs it: the last hidden state, and None for all else."
     def __getattr__(self, name): return self[0] if name == "last_hidden_state" else None
 
-def _tail(model: TransformerBridge, twin: nn.Module, made: Mapping[int, nn.Module]) -> Callable[[Tensor], Tensor]:
-    "The function from the last residual stream `[batch, pos, d_model]` to the logits."
-    norm = made[id(model.ln_final.original_component)]
+def _only(unembed: nn.Module, vocab: Int[Tensor, "chosen"] | None) -> nn.Module:
+    "The unembedding, restricted to some tokens."
+    if vocab is None: return unembed
+    chosen = copy.copy(unembed)
+    chosen.__dict__["_parameters"] = {name: None if weight is None else weight[vocab] for name, weight in unembed._parameters.items()}
+    return chosen
+
+def _tail(model: TransformerBridge, twin: nn.Module, made: Mapping[int, nn.Module]) -> Callable[..., Tensor]:
+    "The function from the last residual stream `[batch, pos, d_model]`, and the tokens that are asked for, to their logits."
+    import torch
+    norm, unembed = made[id(model.ln_final.original_component)], made[id(model.unembed.original_component)]
     if _is_native(model):
         from transformer_lens.model_bridge.sources.native.model import apply_softcap
-        return lambda resid: apply_softcap(twin.head(norm(resid)), twin.output_logits_soft_cap)
-    import torch
+        return lambda resid, vocab=None: apply_softcap(_only(unembed, vocab)(norm(resid)), twin.output_logits_soft_cap)
+    name = next(name for name, child in twin._modules.items() if child is unembed)
     body, head, stream = torch.nn.Module(), copy.copy(twin), []
     body.forward = lambda *_, **__: _BodyOutput([norm(stream[0])])
-    head.__dict__["_modules"] = {**twin._modules, twin.base_model_prefix: body}
-    def logits(resid):
+    def logits(resid, vocab=None):
         stream[:] = [resid]
+        head.__dict__["_modules"] = {**twin._modules, twin.base_model_prefix: body, name: _only(unembed, vocab)}
         return head(input_ids=torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device), use_cache=False).logits
     return logits
 
-# %% ../nbs/06_interventions.ipynb #a1bbb8c2
+# %% ../nbs/06_interventions.ipynb #bd8a5b6f
 _FROZEN, _LOOK, _OWN = 0, 1, 2
 
 @dataclass
@@ -431,6 +439,7 @@ class _Group:
         if self.prompt is None: return kept[self.prompts]
         return kept[self.prompt].expand(len(self.rows), *kept.shape[1:])
 
+# %% ../nbs/06_interventions.ipynb #7f7a06fc
 class _Frame:
     "The positions of a layer that are computed together: `row[i]`, `pos[i]` of packed token `i`, and `where[row, pos]` the way back (-1: not computed)."
     def __init__(self, groups: Sequence[_Group], n_rows: int, n_pos: int):
@@ -712,8 +721,9 @@ def _last(replay: Replay, frame: _Frame, hidden: Tensor, edits, local, prompts, 
     if not len(asked): return hidden[:0], asked
     return _up(replay, layer, asked, hidden[_index(replay, frame.where[asked.row, asked.pos])], edits, local, prompts), asked
 
-# %% ../nbs/06_interventions.ipynb #9ebd405e
-def _run_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Plan, edits: Sequence[Edit], read: np.ndarray, reads: np.ndarray) -> Tensor:
+# %% ../nbs/06_interventions.ipynb #7a63c4ca
+def _run_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Plan, edits: Sequence[Edit], read: np.ndarray, reads: np.ndarray,
+               vocab: Tensor | None) -> Float[Tensor, "row read chosen"]:
     "Logits `[row, read, d_vocab]` of the rows of a chunk."
     import numpy as np
     local = np.full(plan.start.shape[1], -1)
@@ -728,25 +738,9 @@ def _run_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Pla
         if last and some: out, frame = _last(replay, frame, hidden, edits, local, prompts, read)
         else: out = _up(replay, layer, frame, hidden, edits, local, prompts)
         below = out, frame.where
-    return _finish(replay, rows, prompts, edits, local, read, below)
+    return _finish(replay, rows, prompts, edits, local, read, below, vocab)
 
-def _watch_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Plan, edits: Sequence[Edit], component: str, layer: int, out: Tensor) -> None:
-    "Write the activations of a chunk's rows in one layer to `out`, where they differ from the first run's."
-    import numpy as np
-    local, below = np.full(plan.start.shape[1], -1), None
-    local[rows] = np.arange(len(rows))
-    prompts = prompts[rows]
-    for index in range(layer + 1):
-        frame = _Frame(_groups(plan, index, rows, prompts, np.zeros(replay.batch, dtype=np.int64), replay.tokens.device), len(rows), replay.n_pos)
-        if not len(frame): continue
-        hidden = _enter(replay, index, frame, prompts, below)
-        _write_streams(replay, hidden, index, edits, local, frame.where)
-        place = replay.layers[layer].places.get(component) if index == layer else None
-        below = (hidden if index == layer and component == "resid_pre" else _up(replay, index, frame, hidden, edits, local, prompts, watch=place)), frame.where
-    if below is None: return
-    row, pos = np.nonzero(below[1] >= 0)
-    out[_index(replay, rows[row]), _index(replay, pos)] = below[0][_index(replay, below[1][row, pos])]
-
+# %% ../nbs/06_interventions.ipynb #bf78dfbc
 def _write_streams(replay: Replay, hidden: Tensor, layer: int, edits: Sequence[Edit], local: np.ndarray, where: np.ndarray) -> list[_Write]:
     "Put edits of the stream before `layer` in place (`resid_post` of the layer below is the same stream)."
     stream = [e for e in edits if (e.component, e.layer) in (("resid_pre", layer), ("resid_post", layer - 1))]
@@ -754,7 +748,7 @@ def _write_streams(replay: Replay, hidden: Tensor, layer: int, edits: Sequence[E
     _write_all(writes, hidden[None])
     return writes
 
-def _finish(replay: Replay, rows, prompts, edits, local, read, below) -> Tensor:
+def _finish(replay: Replay, rows, prompts, edits, local, read, below, vocab: Tensor | None) -> Tensor:
     "The logits at the read positions: the first run's where nothing changed."
     import numpy as np
     row, pos = np.repeat(np.arange(len(rows)), read.shape[1]), read[prompts].reshape(-1)
@@ -764,11 +758,11 @@ def _finish(replay: Replay, rows, prompts, edits, local, read, below) -> Tensor:
     changed = np.zeros(len(row), dtype=bool) if below is None else below[1][row, pos] >= 0
     if changed.any(): stream[_index(replay, changed)] = below[0][_index(replay, below[1][row, pos][changed])]
     for token, _, _ in _write_streams(replay, stream, replay.n_layers, edits, local, where): changed[token.cpu().numpy()] = True
-    logits = replay.logits[_index(replay, prompts[row]), _index(replay, pos)]
-    if changed.any(): logits[_index(replay, changed)] = replay.tail(stream[_index(replay, changed)][None])[0]
+    logits = replay.logits[..., slice(None) if vocab is None else vocab][_index(replay, prompts[row]), _index(replay, pos)]
+    if changed.any(): logits[_index(replay, changed)] = replay.tail(stream[_index(replay, changed)][None], vocab)[0]
     return logits.unflatten(0, (len(rows), -1))
 
-# %% ../nbs/06_interventions.ipynb #7cecfacd
+# %% ../nbs/06_interventions.ipynb #e7b761ae
 def check_read(read: int | Sequence[int] | Int[Tensor, "..."] | None, batch: int, n_pos: int) -> np.ndarray:
     "The positions at which logits are read, `[batch, read]`: all for None; one list for all prompts, or one for each; -1 is the last."
     import numpy as np
@@ -780,23 +774,23 @@ def check_read(read: int | Sequence[int] | Int[Tensor, "..."] | None, batch: int
     if (np.diff(array, axis=1) == 0).any(): raise InputError("read", read, allowed)
     return array
 
-def _row_bytes(replay: Replay, read: np.ndarray) -> np.ndarray:
+def _row_bytes(replay: Replay, read: np.ndarray, vocab: Tensor | None) -> tuple[int, int]:
     "About how many bytes a row takes for each position that it computes, and for its logits."
     size, wide = replay.logits.element_size(), replay.shapes.get("post", (0, 0))[1]
     heads, width = replay.shapes["z"][1], replay.shapes["resid_pre"][-1]
-    return size * (14 * width + 3 * wide + 3 * heads * replay.n_pos), size * 3 * read.shape[1] * replay.logits.shape[-1]
+    return size * (14 * width + 3 * wide + 3 * heads * replay.n_pos), size * 3 * read.shape[1] * (replay.logits.shape[-1] if vocab is None else len(vocab))
 
-def _chunks(replay: Replay, plan: _Plan, read: np.ndarray) -> Iterator[np.ndarray]:
+def _chunks(replay: Replay, plan: _Plan, read: np.ndarray, vocab: Tensor | None = None) -> Iterator[np.ndarray]:
     "Rows in the order in which they start, cut so that each chunk fits the memory."
     import numpy as np
     first = (plan.stop > plan.start).argmax(0)
     order = np.lexsort((plan.start.min(0), first))
-    each, fixed = _row_bytes(replay, read)
+    each, fixed = _row_bytes(replay, read, vocab)
     cost = (replay.n_pos - plan.start.min(0)[order]) * each + fixed
     chunk = np.cumsum(cost) // replay.memory
     return iter(np.split(order, np.flatnonzero(np.diff(chunk)) + 1))
 
-# %% ../nbs/06_interventions.ipynb #76822cb9
+# %% ../nbs/06_interventions.ipynb #85af28c3
 def _ready(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None) -> tuple[list[Edit], Int[Tensor, "row"]]:
     "Edits and prompts, checked; components not met before are compared with the bridge's."
     import torch
@@ -809,14 +803,24 @@ def _ready(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | 
     _verify(replay, {edit.component for edit in edits})
     return [_checked_edit(edit, len(prompts), replay.n_layers, replay.shapes) for edit in edits], prompts
 
+def _checked_vocab(replay: Replay, vocab: Int[Tensor, "chosen"]) -> Int[Tensor, "chosen"]:
+    import torch
+    size = replay.logits.shape[-1]
+    if not isinstance(vocab, torch.Tensor) or vocab.dtype != torch.int64 or vocab.ndim != 1 or not len(vocab) or vocab.min() < 0 or vocab.max() >= size:
+        raise InputError("vocab", vocab if not isinstance(vocab, torch.Tensor) else tuple(vocab.shape), f"allowed: an int64 tensor [chosen] of token ids 0 to {size - 1}")
+    return vocab.to(replay.tokens.device)
+
+# %% ../nbs/06_interventions.ipynb #be183520
 def _run(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None = None, read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
-         reduce: Callable[[Float[Tensor, "row read d_vocab"], Int[Tensor, "row"]], Tensor] | None = None) -> Float[Tensor, "row ..."]:
-    """The logits `[row, read, d_vocab]` of each row, or what `reduce(logits, rows)` makes of a chunk of them; `prompts[row]` says which prompt a row is a
-    run of (the first by default). `InputError` for an edit that does not fit the model, or a `reduce` that does not return one entry a row."""
+         vocab: Int[Tensor, "chosen"] | None = None,
+         reduce: Callable[[Float[Tensor, "row read chosen"], Int[Tensor, "row"]], Tensor] | None = None) -> Float[Tensor, "row ..."]:
+    """The logits `[row, read, chosen]` of each row, of all tokens or of those in `vocab`, or what `reduce(logits, rows)` makes of a chunk of them; `prompts[row]`
+    says which prompt a row is a run of (the first by default). `InputError` for an edit that does not fit the model, or a `reduce` that does not return one entry a row."""
     import torch
     read, results = check_read(read, replay.batch, replay.n_pos), None
     edits, prompts = _ready(replay, edits, prompts)
-    for rows, logits in _stream(replay, edits, prompts, read):
+    if vocab is not None: vocab = _checked_vocab(replay, vocab)
+    for rows, logits in _stream(replay, edits, prompts, read, vocab):
         index = torch.from_numpy(rows)
         result = logits if reduce is None else reduce(logits, index)
         if not isinstance(result, torch.Tensor) or result.shape[:1] != (len(rows),):
@@ -825,17 +829,18 @@ def _run(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | No
         results[index.to(result.device)] = result
     return results
 
-def _stream(replay: Replay, edits, prompts, read) -> Iterator[tuple[np.ndarray, Tensor]]:
+# %% ../nbs/06_interventions.ipynb #19f14a8a
+def _stream(replay: Replay, edits, prompts, read, vocab) -> Iterator[tuple[np.ndarray, Tensor]]:
     "Rows and their logits, chunk by chunk."
     import numpy as np, torch
     if not replay.exact:
         for row, (logits, _) in enumerate(naive_run(replay.model, replay.tokens, edits, prompts, replay.attention_mask)):
-            yield np.array([row]), logits[_index(replay, read[int(prompts[row])])][None]
+            yield np.array([row]), logits[_index(replay, read[int(prompts[row])])][None, :, slice(None) if vocab is None else vocab]
         return
     plan, _prompts = _plan(edits, len(prompts), replay.n_layers, replay.n_pos), prompts.numpy()
     reads = np.unique(read, axis=0, return_inverse=True)[1].reshape(-1)
-    for rows in _chunks(replay, plan, read):
-        with torch.no_grad(): logits = _run_chunk(replay, rows, _prompts, plan, edits, read, reads)
+    for rows in _chunks(replay, plan, read, vocab):
+        with torch.no_grad(): logits = _run_chunk(replay, rows, _prompts, plan, edits, read, reads, vocab)
         yield rows, logits
 
 def _verify(replay: Replay, components: set[str]) -> None:
@@ -856,6 +861,24 @@ def _naive_shapes(replay: Replay) -> dict[str, tuple[int, ...]]:
     return {c: tuple(position_first(c, seen[name]).shape[1:]) for c, name in names.items() if name in seen}
 
 Replay.run = _run
+
+# %% ../nbs/06_interventions.ipynb #6f668200
+def _watch_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Plan, edits: Sequence[Edit], component: str, layer: int, out: Tensor) -> None:
+    "Write the activations of a chunk's rows in one layer to `out`, where they differ from the first run's."
+    import numpy as np
+    local, below = np.full(plan.start.shape[1], -1), None
+    local[rows] = np.arange(len(rows))
+    prompts = prompts[rows]
+    for index in range(layer + 1):
+        frame = _Frame(_groups(plan, index, rows, prompts, np.zeros(replay.batch, dtype=np.int64), replay.tokens.device), len(rows), replay.n_pos)
+        if not len(frame): continue
+        hidden = _enter(replay, index, frame, prompts, below)
+        _write_streams(replay, hidden, index, edits, local, frame.where)
+        place = replay.layers[layer].places.get(component) if index == layer else None
+        below = (hidden if index == layer and component == "resid_pre" else _up(replay, index, frame, hidden, edits, local, prompts, watch=place)), frame.where
+    if below is None: return
+    row, pos = np.nonzero(below[1] >= 0)
+    out[_index(replay, rows[row]), _index(replay, pos)] = below[0][_index(replay, below[1][row, pos])]
 
 # %% ../nbs/06_interventions.ipynb #14923e82
 def _activation(replay: Replay, edits: Iterable[Edit], component: str, layer: int, prompts: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row pos ..."]:

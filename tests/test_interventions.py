@@ -80,6 +80,8 @@ def test_every_component_equals_the_naive_loop(model, positions, padded):
         else: keep = torch.ones(len(prompts), T, dtype=torch.bool)
         close(replay.run(edits, prompts)[keep], naive[keep])
         close(replay.run(edits, prompts, read=-1)[:, 0], naive[:, -1])
+        chosen = torch.tensor([7, 3])
+        close(replay.run(edits, prompts, read=-1, vocab=chosen)[:, 0], naive[:, -1, chosen])
         close(replay.run(edits, prompts, read=[[4, 6], [3, 5]])[:, 1], torch.stack([n[[6, 5][p]] for n, p in zip(naive, prompts)]))
 
 
@@ -168,6 +170,7 @@ def test_a_model_that_cannot_be_replayed_takes_the_naive_way(gpt2):
         with pytest.warns(UserWarning, match="cannot be replayed exactly"): replay = Replay(gpt2, corrupted)
         assert not replay.exact
         slow = replay.run(edits, prompts, read=-1)
+        assert torch.equal(replay.run(edits, prompts, read=-1, vocab=torch.tensor([4, 9])), slow[..., [4, 9]])
         close(slow[:, 0], naive_logits(gpt2, corrupted, edits, prompts)[:, -1])
 
 
@@ -194,6 +197,7 @@ def test_bad_input_names_the_argument(gpt2):
     refuse(lambda: replay.run([good], prompts=torch.tensor([2])), "prompts", "0 to 1")
     refuse(lambda: replay.run([good], read=T), "read")
     refuse(lambda: replay.run([good], read=[1, 1]), "read")
+    refuse(lambda: replay.run([good], vocab=torch.tensor([50])), "vocab", "0 to 49")
     refuse(lambda: replay.run([good], reduce=lambda logits, rows: logits.sum()), "reduce")
     refuse(lambda: Replay(gpt2, tokens[:, :0]), "tokens")
     refuse(lambda: Replay(gpt2, tokens.float()), "tokens")
