@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'capture', 'replaced', 'Edit',
            'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read']
 
-# %% ../nbs/06_interventions.ipynb #b02c4919
+# %% ../nbs/06_interventions.ipynb #2240d37e
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
               "mlp_out": "hook_mlp_out", "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "pattern": "attn.hook_pattern",
               "z": "attn.hook_z", "post": "mlp.hook_post"}
@@ -32,16 +32,11 @@ def hook_name(model: TransformerBridge, component: str, layer: int) -> str:
     "The bridge's name of a component, `blocks.3.attn.hook_z`; an `InputError` where the model has no such component or layer."
     check_choice("component", component, COMPONENTS)
     check_range("layer", layer, 0, model.cfg.n_layers)
-    if _hook_point(model, component, layer) is None:
-        have = [c for c in COMPONENTS if _hook_point(model, c, layer) is not None]
+    name = f"blocks.{layer}.{COMPONENTS[component]}"
+    if _point(model, name) is None:
+        have = [c for c, rest in COMPONENTS.items() if _point(model, f"blocks.{layer}.{rest}") is not None]
         raise InputError("component", component, f"this model's blocks have: {', '.join(have)}")
-    return f"blocks.{layer}.{COMPONENTS[component]}"
-
-def _hook_point(model: TransformerBridge, component: str, layer: int):
-    "The hook of a component; None where a block has none. (`model.hook_dict` knows them all, but makes its list anew each time.)"
-    owner = model.blocks[layer]
-    for part in COMPONENTS[component].split("."): owner = getattr(owner, part, None)
-    return owner
+    return name
 
 # %% ../nbs/06_interventions.ipynb #45b45197
 def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -71,17 +66,37 @@ def check_model(model: TransformerBridge) -> None:
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64): raise InputError("model", str(dtype), "load the model with dtype='float32': the effects of single heads are lost in half precision")
 
-# %% ../nbs/06_interventions.ipynb #90951696
+# %% ../nbs/06_interventions.ipynb #a2f508c3
+def _point(model: TransformerBridge, name: str):
+    "The hook of that name, or None. (`model.hook_dict` knows them all, but is made anew each time, which takes milliseconds.)"
+    from transformer_lens.hook_points import HookPoint
+    owner = model
+    for part in str(name).split("."):
+        try: owner = owner[int(part)] if part.isdigit() else getattr(owner, part)
+        except (AttributeError, IndexError, TypeError): return model.hook_dict.get(name)
+    return owner if isinstance(owner, HookPoint) else model.hook_dict.get(name)
+
 def _check_names(model: TransformerBridge, argument: str, names: Iterable[str]) -> list[str]:
     "`names`, all of them hooks of the model: the bridge itself passes over a name that it does not know."
     import difflib
     names = [names] if isinstance(names, str) else list(names)
-    known = model.hook_dict if names else {}                                 # made anew each time, which takes milliseconds
     for name in names:
-        if name in known: continue
-        near = difflib.get_close_matches(str(name), known, n=1)
+        if _point(model, name) is not None: continue
+        near = difflib.get_close_matches(str(name), model.hook_dict, n=1)
         raise InputError(argument, name, "the model has no such hook" + (f" (did you mean {near[0]!r}?)" if near else "; list(model.hook_dict) names them all"))
     return names
+
+# %% ../nbs/06_interventions.ipynb #0d199e22
+@contextlib.contextmanager
+def _hooked(model: TransformerBridge, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
+    "Hooks inside the block. They are marked, so that all of them and no others go, at whatever moment an interruption comes."
+    points = [_point(model, name) for name, _ in hooks]
+    mark = -id(points)
+    try:
+        for point, (_, function) in zip(points, hooks): point.add_hook(function, level=mark)
+        yield
+    finally:
+        for point in points: point.remove_hooks("fwd", level=mark)
 
 def capture(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], names: Iterable[str],
             attention_mask: Int[Tensor, "batch pos"] | None = None) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
@@ -91,7 +106,10 @@ def capture(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], names: I
     seen = {}
     def keep(value, hook, name): seen[name] = value.detach().clone()
     hooks = [(name, partial(keep, name=name)) for name in _check_names(model, "names", names)]
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks): return model(tokens, attention_mask=attention_mask), seen
+    with torch.no_grad(), _hooked(model, hooks): logits = model(tokens, attention_mask=attention_mask)
+    for name, _ in hooks:
+        if name not in seen: raise InputError("names", name, "this hook stands outside the model's computation as it is set up, and saw nothing")
+    return logits, seen
 
 # %% ../nbs/06_interventions.ipynb #e1848688
 def _checked(new: Any, old: Tensor, name: str) -> Tensor:
@@ -140,7 +158,7 @@ def _native_mask(module: nn.Module, query: Tensor, attention_mask: Int[Tensor, "
     if attention_mask is not None: hidden = hidden | (attention_mask == 0)[:, None, None, :]
     return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, torch.finfo(query.dtype).min)
 
-# %% ../nbs/06_interventions.ipynb #25772ec2
+# %% ../nbs/06_interventions.ipynb #63e654d6
 def _is_native(model: TransformerBridge) -> bool:
     "Whether the model computes attention in one piece, so that a pattern cannot be written through its hook."
     from transformer_lens.model_bridge.sources.native import NativeModel
@@ -167,7 +185,7 @@ def replaced(model: TransformerBridge, replacements: Mapping[str, Tensor | Calla
     _check_names(model, "replacements", replacements)
     native = {name: new for name, new in replacements.items() if name.endswith("attn.hook_pattern")} if _is_native(model) else {}
     hooks = [hook for name, new in replacements.items() if name not in native for hook in _hooks_for(model, name, new)]
-    with _native_patterns(model, native), model.hooks(fwd_hooks=hooks): yield model
+    with _native_patterns(model, native), _hooked(model, hooks): yield model
 
 # %% ../nbs/06_interventions.ipynb #d2f732f0
 @dataclass(frozen=True)
@@ -293,12 +311,12 @@ def _joint_split(joint: nn.Module, attn: nn.Module, which: str, d_head: int) -> 
     if len(set(sizes)) == 1: splits.append(lambda x: x.unflatten(-1, (-1, 3, d_head)).select(-2, at))
     return next((split for split in splits if torch.allclose(split(out).flatten(-2), wanted[which], rtol=1e-4, atol=1e-5 * out.abs().max().item())), None)
 
-# %% ../nbs/06_interventions.ipynb #79b32e9b
+# %% ../nbs/06_interventions.ipynb #5a2d1436
 def _places(model: TransformerBridge, layer: int, made: Mapping[int, nn.Module]) -> dict[str, _Place]:
     "The places of one layer's components in the twin; one that is not there cannot be edited by replay."
     block, places = model.blocks[layer], {}
     for component in ("attn_out", "mlp_out", "q", "k", "v", "z", "post"):
-        point = _hook_point(model, component, layer)
+        point = _point(model, f"blocks.{layer}.{COMPONENTS[component]}")
         if point is None: continue
         path, side = point.name.split(".")[2:-1], point.name.rpartition("hook_")[2]
         owner = block
@@ -652,7 +670,7 @@ def _compare_component(replay: Replay, component: str, ours: Sequence[Tensor], s
     if len(seen.get(component, ())) != len(ours): raise NotImplementedError(f"{component} is not found in the blocks")
     for layer, (one, other) in enumerate(zip(ours, seen[component])): _compare(replay, f"{component} of layer {layer}", one, other)
 
-# %% ../nbs/06_interventions.ipynb #18d88cab
+# %% ../nbs/06_interventions.ipynb #9fd39c7e
 def _run_twin(replay: Replay, components: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor]]]:
     "One forward pass of the twin, with the bridge's arguments: logits and components; streams, keys, values and arguments stay in the layers."
     seen: dict[str, list[Tensor]] = {}
@@ -685,7 +703,7 @@ def _note_streams(replay: Replay, resid, seen, shape, components) -> None:
     seen["resid_pre"], seen["resid_post"] = resid[:-1], resid[1:]
     if "resid_mid" in components: seen["resid_mid"] = [a + b for a, b in zip(resid, _run_twin(replay, ["attn_out"])[1]["attn_out"])]
     shape["resid_pre"] = shape["resid_post"] = tuple(resid[0].shape[1:])
-    if _hook_point(replay.model, "resid_mid", 0) is not None: shape["resid_mid"] = shape["resid_pre"]
+    if _point(replay.model, f"blocks.0.{COMPONENTS['resid_mid']}") is not None: shape["resid_mid"] = shape["resid_pre"]
     replay.shapes = shape
 
 # %% ../nbs/06_interventions.ipynb #2507a263
@@ -810,7 +828,7 @@ def _checked_vocab(replay: Replay, vocab: Int[Tensor, "chosen"]) -> Int[Tensor, 
         raise InputError("vocab", vocab if not isinstance(vocab, torch.Tensor) else tuple(vocab.shape), f"allowed: an int64 tensor [chosen] of token ids 0 to {size - 1}")
     return vocab.to(replay.tokens.device)
 
-# %% ../nbs/06_interventions.ipynb #be183520
+# %% ../nbs/06_interventions.ipynb #4af2460d
 def _run(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None = None, read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
          vocab: Int[Tensor, "chosen"] | None = None,
          reduce: Callable[[Float[Tensor, "row read chosen"], Int[Tensor, "row"]], Tensor] | None = None) -> Float[Tensor, "row ..."]:
@@ -829,7 +847,9 @@ def _run(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | No
         results[index.to(result.device)] = result
     return results
 
-# %% ../nbs/06_interventions.ipynb #19f14a8a
+Replay.run = _run
+
+# %% ../nbs/06_interventions.ipynb #425ed529
 def _stream(replay: Replay, edits, prompts, read, vocab) -> Iterator[tuple[np.ndarray, Tensor]]:
     "Rows and their logits, chunk by chunk."
     import numpy as np, torch
@@ -856,11 +876,9 @@ def _verify(replay: Replay, components: set[str]) -> None:
 
 def _naive_shapes(replay: Replay) -> dict[str, tuple[int, ...]]:
     "Shapes of the components of a model that is not replayed."
-    names = {c: hook_name(replay.model, c, 0) for c in COMPONENTS if _hook_point(replay.model, c, 0) is not None}
+    names = {c: name for c, rest in COMPONENTS.items() if _point(replay.model, name := f"blocks.0.{rest}") is not None}
     seen = capture(replay.model, replay.tokens[:1], names.values())[1]
     return {c: tuple(position_first(c, seen[name]).shape[1:]) for c, name in names.items() if name in seen}
-
-Replay.run = _run
 
 # %% ../nbs/06_interventions.ipynb #6f668200
 def _watch_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Plan, edits: Sequence[Edit], component: str, layer: int, out: Tensor) -> None:
