@@ -199,32 +199,45 @@ class Edit:
     position: Int[Tensor, "entry"] | None = None
     head: Int[Tensor, "entry"] | None = None
 
-# %% ../nbs/06_interventions.ipynb #0fa682ed
+# %% ../nbs/06_interventions.ipynb #50441fdc
 def position_first(component: str, activation: Tensor) -> Float[Tensor, "batch pos ..."]:
     "A hooked activation with its axes in the order batch, pos, head, width: only a pattern has another."
     return activation.transpose(1, 2) if component == "pattern" else activation
 
-def _checked_edit(edit: Edit, n_rows: int, n_layers: int, shapes: Mapping[str, Sequence[int]]) -> Edit:
-    "The edit, if its indices exist and its values fit `shapes[component]` (pos, head, width); an `InputError` otherwise."
+def _check_index(edit: Edit, name: str, size: int) -> Tensor:
+    "One of an edit's index tensors on the processor; an `InputError` where it is none, or points at what is not there."
     import torch
+    index = getattr(edit, name)
+    if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.ndim != 1 or len(index) != len(edit.rows):
+        raise InputError(name, type(index).__name__, "allowed: an int64 tensor with one entry for each entry of rows")
+    if len(index) and (index.min() < 0 or index.max() >= size): raise InputError(name, f"{int(index.min())} to {int(index.max())}", f"allowed: 0 to {size - 1}")
+    return index.cpu()
+
+def _check_value(edit: Edit, wanted: Sequence[int], n_pos: int, first: Int[Tensor, "row"]) -> None:
+    "An `InputError` unless the values have the wanted shape, are finite, and, if patterns, leave later positions alone (padding, before `first`, may do as it likes)."
+    import torch
+    if not isinstance(edit.value, torch.Tensor) or tuple(edit.value.shape) != tuple(wanted):
+        raise InputError("value", tuple(getattr(edit.value, "shape", ())), f"allowed for these rows, positions and heads of {edit.component}: {tuple(wanted)}")
+    if not torch.isfinite(edit.value).all(): raise InputError("value", "NaN or infinity", f"finite values are needed for {edit.component} of layer {edit.layer}")
+    if edit.component != "pattern": return
+    query = torch.arange(n_pos)[None] if edit.position is None else edit.position.cpu()
+    later = (torch.arange(n_pos) > query[..., None]) & (query >= first[edit.rows.cpu()].reshape(-1, *[1] * (query.ndim - 1)))[..., None]
+    if edit.head is None: later = later.unsqueeze(-2)
+    if edit.value.cpu().masked_select(later).any(): raise InputError("value", "a pattern that looks ahead", "weights on positions after the query's have to be 0")
+
+def _checked_edit(edit: Edit, n_rows: int, n_layers: int, shapes: Mapping[str, Sequence[int]], first: Int[Tensor, "row"]) -> Edit:
+    "The edit, if its indices exist and its values fit `shapes[component]` (pos, head, width); an `InputError` otherwise."
     check_choice("component", edit.component, COMPONENTS)
     check_range("layer", edit.layer, 0, n_layers)
     if edit.component not in shapes: raise InputError("component", edit.component, f"this model has: {', '.join(shapes)}")
-    shape, picked = list(shapes[edit.component]), []
-    for name, axis in (("rows", None), ("position", 0), ("head", 1)):
-        index = getattr(edit, name)
-        if index is None and axis is not None: continue
-        size = n_rows if axis is None else shape[axis] if axis < min(2, len(shape)) else 0
-        if name == "head" and edit.component in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"): raise InputError("head", edit.component, "this component has no heads; leave head out")
-        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.shape != edit.rows.shape or index.ndim != 1:
-            raise InputError(name, type(index).__name__, "allowed: an int64 tensor with one entry for each entry of rows")
-        if len(index) and (index.min() < 0 or index.max() >= size): raise InputError(name, f"{int(index.min())} to {int(index.max())}", f"allowed: 0 to {size - 1}")
-        if axis is not None: picked.append(axis)
-    wanted = [len(edit.rows)] + [size for axis, size in enumerate(shape) if axis not in picked]
-    if not isinstance(edit.value, torch.Tensor) or list(edit.value.shape) != wanted:
-        raise InputError("value", tuple(getattr(edit.value, "shape", ())), f"allowed for these rows, positions and heads of {edit.component}: {tuple(wanted)}")
-    if not torch.isfinite(edit.value).all(): raise InputError("value", "NaN or infinity", f"finite values are needed for {edit.component} of layer {edit.layer}")
-    return edit
+    shape = list(shapes[edit.component])
+    if edit.head is not None and edit.component in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
+        raise InputError("head", f"given for {edit.component}", "this component has no heads; leave head out")
+    index = {"rows": _check_index(edit, "rows", n_rows)}
+    for axis, name in enumerate(("position", "head")):
+        if getattr(edit, name) is not None: index[name] = _check_index(edit, name, shape[axis])
+    _check_value(edit, [len(edit.rows)] + [size for axis, size in enumerate(shape) if axis > 1 or ("position", "head")[axis] not in index], shape[0], first)
+    return replace(edit, **index)
 
 # %% ../nbs/06_interventions.ipynb #f65102e7
 def each_edit(component: str, values: Mapping[int, Float[Tensor, "batch pos ..."]], positions: str = "each", heads: bool = True,
@@ -808,7 +821,7 @@ def _chunks(replay: Replay, plan: _Plan, read: np.ndarray, vocab: Tensor | None 
     chunk = np.cumsum(cost) // replay.memory
     return iter(np.split(order, np.flatnonzero(np.diff(chunk)) + 1))
 
-# %% ../nbs/06_interventions.ipynb #85af28c3
+# %% ../nbs/06_interventions.ipynb #fda7f422
 def _ready(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None) -> tuple[list[Edit], Int[Tensor, "row"]]:
     "Edits and prompts, checked; components not met before are compared with the bridge's."
     import torch
@@ -819,7 +832,8 @@ def _ready(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | 
     if prompts.min() < 0 or prompts.max() >= replay.batch: raise InputError("prompts", f"{int(prompts.min())} to {int(prompts.max())}", f"allowed: 0 to {replay.batch - 1}")
     for edit in edits: hook_name(replay.model, edit.component, edit.layer)
     _verify(replay, {edit.component for edit in edits})
-    return [_checked_edit(edit, len(prompts), replay.n_layers, replay.shapes) for edit in edits], prompts
+    first = prompts * 0 if replay.attention_mask is None else (replay.attention_mask == 0).sum(1).cpu()[prompts]
+    return [_checked_edit(edit, len(prompts), replay.n_layers, replay.shapes, first) for edit in edits], prompts
 
 def _checked_vocab(replay: Replay, vocab: Int[Tensor, "chosen"]) -> Int[Tensor, "chosen"]:
     import torch

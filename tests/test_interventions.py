@@ -122,6 +122,17 @@ def test_identities(model):
     close(replay.run(scan, prompts), source.logits[prompts])                                    # the whole stream: the clean run
 
 
+def test_as_exact_as_the_naive_loop(gpt2):
+    clean, corrupted, _ = prompts_of(False)
+    scan, prompts, _ = each_edit("z", dict(enumerate(Replay(gpt2, clean, keep="z").kept["z"])))
+    edits, prompts = some(scan, len(prompts), prompts, 5)
+    single, replayed = naive_logits(gpt2, corrupted, edits, prompts), Replay(gpt2, corrupted).run(edits, prompts)
+    double = build("GPT2LMHeadModel").to(torch.float64)
+    truth = naive_logits(double, corrupted, edits, prompts)
+    assert (replayed - truth).abs().max() <= 2 * (single - truth).abs().max()
+    close(Replay(double, corrupted).run(edits, prompts), truth)
+
+
 def test_memory_only_cuts_the_scan_into_pieces(gpt2):
     clean, corrupted, _ = prompts_of(False)
     values = dict(enumerate(Replay(gpt2, clean, keep=["z"]).kept["z"]))
@@ -193,6 +204,10 @@ def test_bad_input_names_the_argument(gpt2):
     refuse(lambda: replay.run([Edit("z", 1, row, z, row + T, head)]), "position", "0 to 6")
     refuse(lambda: replay.run([Edit("z", 1, row, z[:, :5], row, head)]), "value", "(1, 8)")
     refuse(lambda: replay.run([Edit("z", 1, row, z / 0, row, head)]), "value", "NaN")
+    ahead = torch.full((1, T), 1 / T)
+    refuse(lambda: replay.run([Edit("pattern", 1, row, ahead, row + 2, head)]), "value", "ahead")
+    refuse(lambda: replay.run([Edit("pattern", 1, row, ahead.expand(1, 4, T), row + 2)]), "value", "ahead")
+    refuse(lambda: replay.run([Edit("z", 1, row.int(), z, row, head)]), "rows", "int64")
     refuse(lambda: replay.run([Edit("resid_pre", 1, row, z, row, head)]), "head", "no heads")
     refuse(lambda: replay.run([good], prompts=torch.tensor([2])), "prompts", "0 to 1")
     refuse(lambda: replay.run([good], read=T), "read")
