@@ -1,6 +1,6 @@
-"""Race a head-by-position patch scan: ours, TransformerLens's own loop, and a plain loop over whole forward passes.
+"""Race patch scans: ours, TransformerLens's own loops, and for heads by position a plain loop over whole forward passes.
 
-    python benchmarks/patching_speed.py [A|B] [--threads N] [--repeats N]
+    python benchmarks/patching_speed.py [A|B] [--job heads|heads-all|resid] [--threads N] [--repeats N]
 
 A is a 4-layer, 4-head, 128-wide GPT-2 with 20 tokens, B GPT-2-small's shape with 16. Weights are random, clean and corrupted prompt differ from position 1 on, gradients
 are off, one process, the contestants in turn; the smallest time of each counts. Ours includes everything that a user waits for: the engine's making, both first runs,
@@ -11,10 +11,14 @@ import argparse, itertools, time, warnings
 import torch, transformers
 
 from mechinterp_lib.core import seeded
-from mechinterp_lib.interventions import Edit, Replay, each_edit
+from mechinterp_lib.interventions import Replay, each_edit
 from mechinterp_lib.models import as_bridge
 
 SHAPES = {"A": (dict(n_layer=4, n_head=4, n_embd=128, n_positions=32, vocab_size=1000), 20), "B": (dict(n_layer=12, n_head=12, n_embd=768, n_positions=32, vocab_size=50257), 16)}
+JOBS = {  # component, positions, TransformerLens's function, its setter and axes
+    "heads": ("z", "each", "get_act_patch_attn_head_out_by_pos", "layer_pos_head_vector_patch_setter", ("layer", "pos", "head")),
+    "heads-all": ("z", "all", "get_act_patch_attn_head_out_all_pos", "layer_head_vector_patch_setter", ("layer", "head")),
+    "resid": ("resid_pre", "each", "get_act_patch_resid_pre", "layer_pos_patch_setter", ("layer", "pos"))}
 ANSWER, WRONG = 5, 7
 
 
@@ -50,14 +54,13 @@ def hooked(module, fields):
     return model.eval()
 
 
-def ours(bridge, clean, corrupted, cells, vocab=None):
+def ours(bridge, clean, corrupted, job, vocab=None):
     "The whole scan; with `vocab`, the logits of those two tokens only."
     metric = logit_diff if vocab is None else lambda logits: logits[..., -1, 0] - logits[..., -1, 1]
-    both = Replay(bridge, torch.cat([corrupted, clean]), keep=["z"])
-    edits, _, grid = each_edit("z", {layer: z[1:] for layer, z in enumerate(both.kept["z"])})
-    rows = torch.zeros(len(cells), dtype=torch.long)
-    scores = both.run(edits, rows, read=-1, vocab=vocab, reduce=lambda logits, _: metric(logits))
-    return scores.view(grid)[:, 0].flatten()                                           # layer, pos, head
+    component, positions = job[:2]
+    both = Replay(bridge, torch.cat([corrupted, clean]), keep=[component])
+    edits, rows, _ = each_edit(component, {layer: value[1:] for layer, value in enumerate(both.kept[component])}, positions)
+    return both.run(edits, rows, read=-1, vocab=vocab, reduce=lambda logits, _: metric(logits))
 
 
 def plain(module, clean, corrupted, cells):
@@ -77,22 +80,21 @@ def plain(module, clean, corrupted, cells):
     return torch.stack(scores)
 
 
-def lens(model, clean, corrupted, cells):
+def lens(model, clean, corrupted, job, cells, whole):
     "TransformerLens's own function; on a part of the cells, its own loop over an index table of those."
     import pandas as pd
     from transformer_lens import patching
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
-        whole = len(cells) == model.cfg.n_layers * clean.shape[1] * model.cfg.n_heads
-        if whole: return patching.get_act_patch_attn_head_out_by_pos(model, corrupted, cache, lambda logits: logit_diff(logits)[0]).flatten()
-        table = pd.DataFrame(cells, columns=["layer", "pos", "head"])
-        return patching.generic_activation_patch(model, corrupted, cache, lambda logits: logit_diff(logits)[0], patching.layer_pos_head_vector_patch_setter, "z",
-                                                 index_df=table)
+        if whole: return getattr(patching, job[2])(model, corrupted, cache, lambda logits: logit_diff(logits)[0]).flatten()
+        table = pd.DataFrame(cells, columns=list(job[4]))
+        return patching.generic_activation_patch(model, corrupted, cache, lambda logits: logit_diff(logits)[0], getattr(patching, job[3]), job[0], index_df=table)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("shape", nargs="?", default="A", choices=SHAPES)
+    parser.add_argument("--job", default="heads", choices=JOBS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--part", type=int, default=None, help="cells that the slow contestants run (all for A, 24 for B)")
@@ -101,12 +103,15 @@ def main():
     torch.set_num_threads(options.threads)
     module, bridge, tl, clean, corrupted = setup(options.shape)
     fields, length = SHAPES[options.shape]
-    cells = list(itertools.product(range(fields["n_layer"]), range(length), range(fields["n_head"])))
+    job, sizes = JOBS[options.job], {"layer": fields["n_layer"], "pos": length, "head": fields["n_head"]}
+    cells = list(itertools.product(*(range(sizes[axis]) for axis in job[4])))
     part = options.part or (len(cells) if options.shape == "A" else 24)
     some = list(range(0, len(cells), -(-len(cells) // part)))
-    contestants = {"ours": lambda: ours(bridge, clean, corrupted, cells), "ours, two logits": lambda: ours(bridge, clean, corrupted, cells, torch.tensor([ANSWER, WRONG])),
+    contestants = {"ours": lambda: ours(bridge, clean, corrupted, job), "ours, two logits": lambda: ours(bridge, clean, corrupted, job, torch.tensor([ANSWER, WRONG])),
                    "plain loop": lambda: plain(module, clean, corrupted, [cells[i] for i in some]),
-                   "HookedTransformer": lambda: lens(tl, clean, corrupted, [cells[i] for i in some]), "bridge": lambda: lens(bridge, clean, corrupted, [cells[i] for i in some])}
+                   "HookedTransformer": lambda: lens(tl, clean, corrupted, job, [cells[i] for i in some], len(some) == len(cells)),
+                   "bridge": lambda: lens(bridge, clean, corrupted, job, [cells[i] for i in some], len(some) == len(cells))}
+    if options.job != "heads": del contestants["plain loop"]
     times, answers = {name: [] for name in contestants}, {}
     for _ in range(options.repeats):
         for name, run in contestants.items():
@@ -118,7 +123,7 @@ def main():
         reference = answers["ours"] if name.startswith("ours") else answers["ours"][some]
         error = (answers[name].flatten() - reference).abs().max().item()
         best = min(times[name]) * scale
-        print(f"{options.shape} {name:18s} {best:9.4f} s  {best / min(times['ours']):7.1f}x  largest difference {error:.1e}" + ("" if scale == 1 else f"  (from {len(some)} of {len(cells)} cells)"))
+        print(f"{options.shape} {options.job:9s} {name:18s} {best:9.4f} s  {best / min(times['ours']):7.1f}x  largest difference {error:.1e}" + ("" if scale == 1 else f"  (from {len(some)} of {len(cells)} cells)"))
     print(f"largest effect {(answers['ours'] - answers['ours'].median()).abs().max().item():.3g}")
 
 
