@@ -185,6 +185,20 @@ def test_a_model_that_cannot_be_replayed_takes_the_naive_way(gpt2):
         close(slow[:, 0], naive_logits(gpt2, corrupted, edits, prompts)[:, -1])
 
 
+@pytest.mark.parametrize("name, config, reason", [
+    ("GPTNeoForCausalLM", dict(vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=32, attention_types=[[["global", "local"], 1]], window_size=3), "shared attention"),
+    ("GptOssForCausalLM", GQA | dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1), "sinks"),
+])
+def test_other_kinds_of_attention_are_not_replayed(name, config, reason, monkeypatch):
+    monkeypatch.setitem(CONFIGS, name, config)
+    model = build(name)
+    _, tokens, _ = prompts_of(False)
+    with pytest.warns(UserWarning, match=reason): replay = Replay(model, tokens, keep=["z"])
+    edit = Edit("z", 0, torch.tensor([0]), replay.kept["z"][1][1, 3][None], torch.tensor([3]))
+    prompts = torch.tensor([0])
+    close(replay.run([edit], prompts), naive_logits(model, tokens, [edit], prompts))
+
+
 def refuse(action, *words):
     with pytest.raises(InputError) as caught: action()
     message = str(caught.value)
