@@ -38,7 +38,7 @@ def hook_name(model: TransformerBridge, component: str, layer: int) -> str:
         raise InputError("component", component, f"this model's blocks have: {', '.join(have)}")
     return name
 
-# %% ../nbs/06_interventions.ipynb #45b45197
+# %% ../nbs/06_interventions.ipynb #a2e5c64a
 def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
                  argument: str = "tokens") -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
     "Tokens and mask (1 = read, 0 = padding on the left) on the model's device; an `InputError` for what the model cannot read exactly."
@@ -51,8 +51,8 @@ def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], att
     if low < 0 or high >= model.cfg.d_vocab: raise InputError(argument, f"ids {low} to {high}", f"allowed: 0 to {model.cfg.d_vocab - 1}")
     if n_ctx and tokens.shape[1] > n_ctx: raise InputError(argument, f"{tokens.shape[1]} positions", f"the model's context has {n_ctx}")
     if attention_mask is not None:
-        shape = tuple(getattr(attention_mask, "shape", ()))
-        if shape != tuple(tokens.shape): raise InputError("attention_mask", shape, f"allowed: the shape of {argument}, {tuple(tokens.shape)}")
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        if shape != tuple(tokens.shape): raise InputError("attention_mask", shape, f"allowed: a tensor of the shape of {argument}, {tuple(tokens.shape)}")
         attention_mask = attention_mask.long().to(model.cfg.device)
         if not (attention_mask[:, -1] == 1).all() or (attention_mask.diff(dim=1) < 0).any() or attention_mask.min() < 0:
             raise InputError("attention_mask", "not 0 ... 0 1 ... 1 in every row", "padding is on the left: zeros, then ones up to the last token")
@@ -158,7 +158,7 @@ def _native_mask(module: nn.Module, query: Tensor, attention_mask: Int[Tensor, "
     if attention_mask is not None: hidden = hidden | (attention_mask == 0)[:, None, None, :]
     return torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill(hidden, torch.finfo(query.dtype).min)
 
-# %% ../nbs/06_interventions.ipynb #63e654d6
+# %% ../nbs/06_interventions.ipynb #f6be1386
 def _is_native(model: TransformerBridge) -> bool:
     "Whether the model computes attention in one piece, so that a pattern cannot be written through its hook."
     from transformer_lens.model_bridge.sources.native import NativeModel
@@ -166,25 +166,31 @@ def _is_native(model: TransformerBridge) -> bool:
 
 @contextlib.contextmanager
 def _native_patterns(model: TransformerBridge, new: Mapping[str, Any]) -> Iterator[None]:
-    "Write the patterns of native attention layers inside the block."
-    changed = []
+    "Write the patterns of native attention layers inside the block, after what a block around this one writes."
+    before = []
     try:
         for name, value in new.items():
             module = model.blocks[int(name.split(".")[1])].attn.original_component
-            write = partial(_checked, value)
-            def attend(q, k, v, mask, *rest, write=write, name=name): return _attend(q, k, v, mask(), *rest, on_pattern=lambda pattern: write(pattern, name))
+            before.append((module, outer := vars(module).get("forward")))
+            earlier = getattr(outer, "on_pattern", lambda pattern: pattern)
+            def on_pattern(pattern, value=value, name=name, earlier=earlier): return _checked(value, earlier(pattern), name)
+            def attend(q, k, v, mask, *rest, on_pattern=on_pattern): return _attend(q, k, v, mask(), *rest, on_pattern=on_pattern)
             module.forward = partial(_native_attention, module, attend)
-            changed.append(module)
+            module.forward.on_pattern = on_pattern
         yield
     finally:
-        for module in changed: del module.forward
+        for module, outer in before:
+            vars(module).pop("forward", None)
+            if outer is not None: module.forward = outer
 
+# %% ../nbs/06_interventions.ipynb #de0a8d86
 @contextlib.contextmanager
 def replaced(model: TransformerBridge, replacements: Mapping[str, Tensor | Callable[[Tensor], Tensor]]) -> Iterator[TransformerBridge]:
     "Inside the block, each named activation is the given tensor, or the given function of itself. No hook stays, also after an exception or Ctrl-C."
     _check_names(model, "replacements", replacements)
     native = {name: new for name, new in replacements.items() if name.endswith("attn.hook_pattern")} if _is_native(model) else {}
-    hooks = [hook for name, new in replacements.items() if name not in native for hook in _hooks_for(model, name, new)]
+    last = sorted(replacements, key=lambda name: name.endswith(".hook_resid_mid"))       # it reads what the others have written
+    hooks = [hook for name in last if name not in native for hook in _hooks_for(model, name, replacements[name])]
     with _native_patterns(model, native), _hooked(model, hooks): yield model
 
 # %% ../nbs/06_interventions.ipynb #d2f732f0
@@ -199,7 +205,7 @@ class Edit:
     position: Int[Tensor, "entry"] | None = None
     head: Int[Tensor, "entry"] | None = None
 
-# %% ../nbs/06_interventions.ipynb #50441fdc
+# %% ../nbs/06_interventions.ipynb #cde78c26
 def position_first(component: str, activation: Tensor) -> Float[Tensor, "batch pos ..."]:
     "A hooked activation with its axes in the order batch, pos, head, width: only a pattern has another."
     return activation.transpose(1, 2) if component == "pattern" else activation
@@ -214,16 +220,17 @@ def _check_index(edit: Edit, name: str, size: int) -> Tensor:
     return index.cpu()
 
 def _check_value(edit: Edit, wanted: Sequence[int], n_pos: int, first: Int[Tensor, "row"]) -> None:
-    "An `InputError` unless the values have the wanted shape, are finite, and, if patterns, leave later positions alone (padding, before `first`, may do as it likes)."
+    "An `InputError` unless the values have the wanted shape, are finite, and, if patterns, leave later positions and padding, before `first`, alone."
     import torch
     if not isinstance(edit.value, torch.Tensor) or tuple(edit.value.shape) != tuple(wanted):
         raise InputError("value", tuple(getattr(edit.value, "shape", ())), f"allowed for these rows, positions and heads of {edit.component}: {tuple(wanted)}")
     if not torch.isfinite(edit.value).all(): raise InputError("value", "NaN or infinity", f"finite values are needed for {edit.component} of layer {edit.layer}")
     if edit.component != "pattern": return
     query = torch.arange(n_pos)[None] if edit.position is None else edit.position.cpu()
-    later = (torch.arange(n_pos) > query[..., None]) & (query >= first[edit.rows.cpu()].reshape(-1, *[1] * (query.ndim - 1)))[..., None]
-    if edit.head is None: later = later.unsqueeze(-2)
-    if edit.value.cpu().masked_select(later).any(): raise InputError("value", "a pattern that looks ahead", "weights on positions after the query's have to be 0")
+    start, key = first[edit.rows.cpu()].reshape(-1, *[1] * (query.ndim - 1))[..., None], torch.arange(n_pos)
+    hidden = ((key > query[..., None]) | (key < start)) & (query[..., None] >= start)                # what padding itself looks at is nobody's concern
+    if edit.head is None: hidden = hidden.unsqueeze(-2)
+    if edit.value.cpu().masked_select(hidden).any(): raise InputError("value", "a pattern that looks ahead or at padding", "weights on positions after the query's and on padding have to be 0")
 
 def _checked_edit(edit: Edit, n_rows: int, n_layers: int, shapes: Mapping[str, Sequence[int]], first: Int[Tensor, "row"]) -> Edit:
     "The edit, if its indices exist and its values fit `shapes[component]` (pos, head, width); an `InputError` otherwise."
@@ -233,19 +240,22 @@ def _checked_edit(edit: Edit, n_rows: int, n_layers: int, shapes: Mapping[str, S
     shape = list(shapes[edit.component])
     if edit.head is not None and edit.component in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
         raise InputError("head", f"given for {edit.component}", "this component has no heads; leave head out")
-    index = {"rows": _check_index(edit, "rows", n_rows)}
+    index = {"rows": (place := _check_index(edit, "rows", n_rows))}
     for axis, name in enumerate(("position", "head")):
-        if getattr(edit, name) is not None: index[name] = _check_index(edit, name, shape[axis])
+        if getattr(edit, name) is None: continue
+        index[name] = _check_index(edit, name, shape[axis])
+        place = place * shape[axis] + index[name]
+    if len(place.unique()) < len(place): raise InputError("rows", "two values for one place", "one entry for each row, position and head; put a second value in an edit of its own")
     _check_value(edit, [len(edit.rows)] + [size for axis, size in enumerate(shape) if axis > 1 or ("position", "head")[axis] not in index], shape[0], first)
     return replace(edit, **index)
 
-# %% ../nbs/06_interventions.ipynb #f65102e7
-def each_edit(component: str, values: Mapping[int, Float[Tensor, "batch pos ..."]], positions: str = "each", heads: bool = True,
-              batch: int | None = None) -> tuple[list[Edit], Int[Tensor, "row"], tuple[int, ...]]:
+# %% ../nbs/06_interventions.ipynb #d573d466
+def each_edit(component: str, values: Mapping[int, Float[Tensor, "batch pos ..."]], positions: str = "each", heads: bool = True) -> tuple[list[Edit], Int[Tensor, "row"], tuple[int, ...]]:
     """Edits that put `values[layer]` (position first) in place, one layer, position and head a row; all positions at once if `positions` is "all", all heads at
     once without `heads`. Also each row's prompt, and the shape of the grid of rows: layer, batch, pos, head (axes not scanned left out)."""
     import torch
     check_choice("positions", positions, ["each", "all"])
+    if not values: raise InputError("values", "{}", "the activations of at least one layer are needed")
     edits, first = [], 0
     for layer, value in values.items():
         b, t = value.shape[:2]
@@ -491,7 +501,7 @@ class _Frame:
         "The frame of the positions that `choose(group)` gives for each group."
         return _Frame([replace(group, positions=choose(group)) for group in self.groups], *self.where.shape)
 
-# %% ../nbs/06_interventions.ipynb #e1a7f0b3
+# %% ../nbs/06_interventions.ipynb #f3fd37e8
 def _group_keys(layer: _Layer, group: _Group, own: Callable[[Tensor], Tensor], key: Tensor, value: Tensor) -> None:
     "Give a group its keys and values: the first run's up to where it starts, then its own."
     import torch
@@ -506,7 +516,7 @@ def _attend_frame(frame: _Frame, layer: _Layer, query, key, value, scaling, soft
     parts = []
     for group in frame.groups:
         if group.kind == _FROZEN:
-            if not frame.keys_only: parts.append(group.of(layer.z[:, group.where]).flatten(0, 1))
+            parts.append(group.of(layer.z[:, group.where]).flatten(0, 1))
             continue
         def own(x): return x[0, :, group.tokens].unflatten(1, (len(group.rows), -1)).transpose(0, 1)
         if group.keys is None: _group_keys(layer, group, own, key, value)
@@ -560,7 +570,7 @@ def _writes(edits: Sequence[Edit], local: np.ndarray, where: np.ndarray, device)
         found.setdefault(edit.component, []).append((torch.from_numpy(token).to(device), head, edit.value[tuple(map(torch.from_numpy, value))].to(device)))
     return found
 
-# %% ../nbs/06_interventions.ipynb #fc057e48
+# %% ../nbs/06_interventions.ipynb #f948df87
 def _write_all(writes: Sequence[_Write], activation: Float[Tensor, "one token ..."], base: Tensor | None = None) -> None:
     "Put edited values in place; with `base`, what has to be added to it to reach them."
     for token, head, value in writes:
@@ -569,13 +579,15 @@ def _write_all(writes: Sequence[_Write], activation: Float[Tensor, "one token ..
 def _run_block(layer: _Layer, frame: _Frame, hidden: Float[Tensor, "token d_model"], writes: Mapping[str, list[_Write]], prompt: Tensor, pos: Tensor,
                batch: int, keys_only: bool = False, watch: _Place | None = None) -> Float[Tensor, "token ..."] | None:
     """A block's output, or the activation at `watch`, at packed positions with the writes in place; with `keys_only`, keys and values are left in the frame's groups."""
-    seen = []
+    seen, handles = [], []
     arguments = {name: _picked(value, prompt, pos, batch, frame.where.shape[1]) for name, value in layer.arguments.items()}
-    handles = [layer.places[name].watch(partial(_write_all, writes[name])) for name in writes if name in layer.places]
-    if "resid_mid" in writes: handles.append(layer.places["attn_out"].watch(partial(_write_all, writes["resid_mid"], base=hidden)))
-    if watch is not None: handles.append(watch.watch(lambda activation: seen.append(activation[0].clone())))
     layer.frame, frame.pattern_writes, frame.keys_only = frame, writes.get("pattern", []), keys_only
-    try: out = layer.block(hidden[None], **arguments)
+    try:
+        for name in writes:
+            if name in layer.places: handles.append(layer.places[name].watch(partial(_write_all, writes[name])))
+        if "resid_mid" in writes: handles.append(layer.places["attn_out"].watch(partial(_write_all, writes["resid_mid"], base=hidden)))
+        if watch is not None: handles.append(watch.watch(lambda activation: seen.append(activation[0].clone())))
+        out = layer.block(hidden[None], **arguments)
     except _Enough: return None
     finally:
         layer.frame = None
@@ -624,13 +636,14 @@ def _groups(plan: _Plan, layer: int, rows: np.ndarray, prompts: np.ndarray, read
         groups.append(_Group(part, np.arange(first, end), first, end, int(kind[part[0]]), torch.from_numpy(prompts[part]).to(device), same))
     return groups
 
-# %% ../nbs/06_interventions.ipynb #931b479e
+# %% ../nbs/06_interventions.ipynb #fa95d75e
 TOLERANCE = 1e-5
 MEMORY = 256 * 2**20
 
 class Replay:
     """The first run of some prompts, from which edited runs are resumed. `keep`: components whose activations are wanted as `kept[component][layer]` (position
-    first). `memory`: bytes that a chunk of rows may take. `exact` is False where the model's blocks cannot be replayed; `run` then takes whole forward passes."""
+    first). `memory`: bytes that a chunk of rows may take, roughly. `exact` is False where the model's blocks cannot be replayed; `run` then takes whole forward passes.
+    The answers are for the model as it is now: make another Replay once its weights have changed, or hooks have been set on it."""
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
                  keep: Iterable[str] = (), memory: int = MEMORY):
         check_model(model)
@@ -664,7 +677,7 @@ def _run_bridge(replay: Replay, components: Sequence[str]) -> tuple[Tensor, dict
     finally: handle.remove()
     return logits, {c: [position_first(c, seen[names[c, layer]]) for layer in range(replay.n_layers)] for c in components}
 
-# %% ../nbs/06_interventions.ipynb #1a29810a
+# %% ../nbs/06_interventions.ipynb #c46dc2a2
 def _start(replay: Replay, keep: Sequence[str]) -> None:
     "Make the twin, run it, and compare it with the bridge."
     replay.twin, made, replay.layers = _twin_layers(replay.model)
@@ -700,7 +713,7 @@ def _compare_component(replay: Replay, component: str, ours: Sequence[Tensor], s
     if len(seen.get(component, ())) != len(ours): raise NotImplementedError(f"{component} is not found in the blocks")
     for layer, (one, other) in enumerate(zip(ours, seen[component])): _compare(replay, f"{component} of layer {layer}", one, other)
 
-# %% ../nbs/06_interventions.ipynb #92a9d423
+# %% ../nbs/06_interventions.ipynb #6a888d16
 def _run_twin(replay: Replay, components: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor]]]:
     "One forward pass of the twin, with the bridge's arguments: logits and components; streams, keys, values and arguments stay in the layers."
     seen: dict[str, list[Tensor]] = {}
@@ -737,7 +750,7 @@ def _note_streams(replay: Replay, resid, seen, shape, components) -> None:
     if _point(replay.model, f"blocks.0.{COMPONENTS['resid_mid']}") is not None: shape["resid_mid"] = shape["resid_pre"]
     replay.shapes = shape
 
-# %% ../nbs/06_interventions.ipynb #2507a263
+# %% ../nbs/06_interventions.ipynb #75ac0afc
 def _index(replay: Replay, array: np.ndarray) -> Tensor:
     import torch
     return torch.from_numpy(array).to(replay.tokens.device)
@@ -789,10 +802,10 @@ def _run_chunk(replay: Replay, rows: np.ndarray, prompts: np.ndarray, plan: _Pla
         below = out, frame.where
     return _finish(replay, rows, prompts, edits, local, read, below, vocab)
 
-# %% ../nbs/06_interventions.ipynb #bf78dfbc
+# %% ../nbs/06_interventions.ipynb #62b70df8
 def _write_streams(replay: Replay, hidden: Tensor, layer: int, edits: Sequence[Edit], local: np.ndarray, where: np.ndarray) -> list[_Write]:
-    "Put edits of the stream before `layer` in place (`resid_post` of the layer below is the same stream)."
-    stream = [e for e in edits if (e.component, e.layer) in (("resid_pre", layer), ("resid_post", layer - 1))]
+    "Put edits of the stream before `layer` in place: first `resid_post` of the layer below, which is the same stream, then `resid_pre`."
+    stream = [e for place in (("resid_post", layer - 1), ("resid_pre", layer)) for e in edits if (e.component, e.layer) == place]
     writes = [write for found in _writes(stream, local, where, hidden.device).values() for write in found]
     _write_all(writes, hidden[None])
     return writes
@@ -811,23 +824,24 @@ def _finish(replay: Replay, rows, prompts, edits, local, read, below, vocab: Ten
     if changed.any(): logits[_index(replay, changed)] = replay.tail(stream[_index(replay, changed)][None], vocab)[0]
     return logits.unflatten(0, (len(rows), -1))
 
-# %% ../nbs/06_interventions.ipynb #e7b761ae
+# %% ../nbs/06_interventions.ipynb #db4cc8a9
 def check_read(read: int | Sequence[int] | Int[Tensor, "..."] | None, batch: int, n_pos: int) -> np.ndarray:
-    "The positions at which logits are read, `[batch, read]`: all for None; one list for all prompts, or one for each; -1 is the last."
+    "The positions at which logits are read, `[batch, read]`, in the order given: all for None; one list for all prompts, or one for each; -1 is the last."
     import numpy as np
     array = np.arange(n_pos) if read is None else np.atleast_1d(np.asarray(read))
     allowed = f"allowed: None, or different positions {-n_pos} to {n_pos - 1}, as [read] or [batch, read] with batch {batch}"
     if array.dtype.kind not in "iu" or array.ndim > 2 or not array.size or (array.ndim == 2 and len(array) != batch): raise InputError("read", read, allowed)
     if array.min() < -n_pos or array.max() >= n_pos: raise InputError("read", read, allowed)
-    array = np.sort(np.broadcast_to(array % n_pos, (batch, array.shape[-1])).astype(np.int64), axis=1)
-    if (np.diff(array, axis=1) == 0).any(): raise InputError("read", read, allowed)
+    array = np.broadcast_to(array % n_pos, (batch, array.shape[-1])).astype(np.int64)
+    if (np.diff(np.sort(array, axis=1), axis=1) == 0).any(): raise InputError("read", read, allowed)
     return array
 
 def _row_bytes(replay: Replay, read: np.ndarray, vocab: Tensor | None) -> tuple[int, int]:
-    "About how many bytes a row takes for each position that it computes, and for its logits."
+    "About how many bytes a row takes for each position that it computes, and besides: its keys and values, twice while they are put together, and its logits."
     size, wide = replay.logits.element_size(), replay.shapes.get("post", (0, 0))[1]
     heads, width = replay.shapes["z"][1], replay.shapes["resid_pre"][-1]
-    return size * (14 * width + 3 * wide + 3 * heads * replay.n_pos), size * 3 * read.shape[1] * (replay.logits.shape[-1] if vocab is None else len(vocab))
+    logits = 3 * read.shape[1] * (replay.logits.shape[-1] if vocab is None else len(vocab))
+    return size * (14 * width + 3 * wide + 3 * heads * replay.n_pos), size * (4 * replay.layers[0].keys[0].numel() + logits)
 
 def _chunks(replay: Replay, plan: _Plan, read: np.ndarray, vocab: Tensor | None = None) -> Iterator[np.ndarray]:
     "Rows in the order in which they start, cut so that each chunk fits the memory."
@@ -839,7 +853,7 @@ def _chunks(replay: Replay, plan: _Plan, read: np.ndarray, vocab: Tensor | None 
     chunk = np.cumsum(cost) // replay.memory
     return iter(np.split(order, np.flatnonzero(np.diff(chunk)) + 1))
 
-# %% ../nbs/06_interventions.ipynb #fda7f422
+# %% ../nbs/06_interventions.ipynb #507b2b85
 def _ready(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None) -> tuple[list[Edit], Int[Tensor, "row"]]:
     "Edits and prompts, checked; components not met before are compared with the bridge's."
     import torch
@@ -847,6 +861,7 @@ def _ready(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | 
     if prompts is None: prompts = torch.zeros(max((int(e.rows.max()) + 1 for e in edits if len(e.rows)), default=0), dtype=torch.long)
     if not isinstance(prompts, torch.Tensor) or prompts.dtype != torch.int64 or prompts.ndim != 1 or not len(prompts):
         raise InputError("prompts", type(prompts).__name__, "allowed: an int64 tensor with one entry for each row, at least one")
+    prompts = prompts.cpu()
     if prompts.min() < 0 or prompts.max() >= replay.batch: raise InputError("prompts", f"{int(prompts.min())} to {int(prompts.max())}", f"allowed: 0 to {replay.batch - 1}")
     for edit in edits: hook_name(replay.model, edit.component, edit.layer)
     _verify(replay, {edit.component for edit in edits})
@@ -881,7 +896,7 @@ def _run(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | No
 
 Replay.run = _run
 
-# %% ../nbs/06_interventions.ipynb #af632cca
+# %% ../nbs/06_interventions.ipynb #acaae916
 def _stream(replay: Replay, edits, prompts, read, vocab) -> Iterator[tuple[np.ndarray, Tensor]]:
     "Rows and their logits, chunk by chunk."
     import numpy as np, torch
@@ -898,11 +913,11 @@ def _stream(replay: Replay, edits, prompts, read, vocab) -> Iterator[tuple[np.nd
 def _verify(replay: Replay, components: set[str]) -> None:
     "Compare components that were not kept with the bridge's, once."
     new = sorted(components - replay.verified)
-    replay.verified |= components
     def compare():
         ours, seen = _run_bridge(replay, new)[1], _run_twin(replay, new)[1]
         for component in new: _compare_component(replay, component, ours[component], seen)
     if new and replay.exact: replay._attempt(compare)
+    replay.verified |= components
     if not replay.exact and not replay.shapes: replay.shapes = _naive_shapes(replay)
 
 def _naive_shapes(replay: Replay) -> dict[str, tuple[int, ...]]:

@@ -1,8 +1,10 @@
 """Replay against the naive loop, over architectures and components: what would clutter the chapter on interventions."""
+from dataclasses import replace
+
 import pytest, torch, transformers
 
 from mechinterp_lib.core import InputError, seeded
-from mechinterp_lib.interventions import COMPONENTS, TOLERANCE, Edit, Replay, capture, each_edit, hook_name, naive_run, position_first, replaced
+from mechinterp_lib.interventions import COMPONENTS, TOLERANCE, Edit, Replay, capture, check_read, each_edit, hook_name, naive_run, position_first, replaced
 from mechinterp_lib.models import as_bridge, new_model
 
 GQA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, max_position_embeddings=32)
@@ -145,6 +147,50 @@ def test_memory_only_cuts_the_scan_into_pieces(gpt2):
     close(small, whole)
 
 
+def test_two_edits_of_one_stream_hold_in_the_order_of_the_forward_pass(gpt2):
+    _, tokens, _ = prompts_of(False)
+    row, position, value = torch.tensor([0]), torch.tensor([4]), torch.ones(1, 32)
+    def edit(component, layer, scale): return Edit(component, layer, row, scale * value, position)
+    replay = Replay(gpt2, tokens)
+    for late, early in ((("resid_pre", 1), ("resid_post", 0)), (("resid_mid", 1), ("attn_out", 1)), (("resid_mid", 1), ("resid_pre", 1)), (("resid_mid", 1), ("resid_post", 0))):
+        first, second = edit(*early, 3.0), edit(*late, -2.0) if late[0] == "resid_pre" else Edit(*late, row, value.cumsum(1), position)
+        naive = [naive_logits(gpt2, tokens, order, row) for order in ([first, second], [second, first])]
+        assert torch.equal(*naive)
+        for order in ([first, second], [second, first]): close(replay.run(order, row), naive[0])
+
+
+def test_read_positions_come_in_the_order_given(model):
+    _, tokens, _ = prompts_of(False)
+    replay = Replay(model, tokens, keep=["q"])
+    edit = Edit("q", 0, torch.tensor([0]), replay.kept["q"][0][1, 2][None], torch.tensor([2]))
+    whole = replay.run([edit])
+    for read in ([5, 2], [-1, 0, 3]): close(replay.run([edit], read=read), whole[:, read])
+    assert check_read([[5, 2], [1, 6]], 2, T).tolist() == [[5, 2], [1, 6]]
+
+
+def test_two_engines_and_a_caller_with_gradients(model):
+    clean, corrupted, _ = prompts_of(False)
+    with torch.enable_grad():
+        one, two = Replay(model, clean, keep=["z"]), Replay(model, corrupted, keep=["v"])
+        edits = [Edit("z", 1, torch.tensor([0]), one.kept["z"][1][:1, 3].requires_grad_(), torch.tensor([3]))]
+        for tokens, replay in ((corrupted, two), (clean, one)):
+            answer = replay.run(edits)
+            assert not answer.requires_grad
+            close(answer, naive_logits(model, tokens, edits, torch.tensor([0])))
+
+
+def test_memory_counts_the_keys_and_values_of_long_prompts(gpt2):
+    prompt = torch.arange(32)[None]
+    replay, sizes = Replay(gpt2, prompt), []
+    late = Edit("z", 0, torch.arange(1000), torch.randn(1000, 8), torch.full((1000,), 31), torch.arange(1000) % 4)
+    replay.memory = 2**20
+    whole = replay.run([late], read=-1, reduce=lambda logits, rows: (sizes.append(len(rows)), logits)[1])
+    assert max(sizes) * 2 * replay.layers[0].keys[0].numel() * 4 <= replay.memory and whole.shape[0] == 1000
+    replay.memory = 1                                                                          # a row a chunk
+    few = replace(late, rows=torch.arange(9), **{name: getattr(late, name)[:9] for name in ("value", "position", "head")})
+    close(replay.run([few], read=-1), whole[:9])
+
+
 def test_nothing_stays_behind(gpt2):
     _, tokens, _ = prompts_of(False)
     hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in gpt2.modules()]
@@ -170,6 +216,19 @@ def test_native_patterns_leave_the_model_as_it_was():
     with pytest.raises(KeyboardInterrupt), replaced(model, {"blocks.1.attn.hook_pattern": fails}): model(tokens)
     with torch.no_grad(): assert torch.equal(model(tokens), before)
     assert all("forward" not in block.attn.original_component.__dict__ for block in model.blocks)
+
+
+def test_native_patterns_written_twice():
+    model = build("native")
+    _, tokens, _ = prompts_of(False)
+    half, name = lambda pattern: 0.5 * pattern, "blocks.1.attn.hook_pattern"
+    def logits(new):
+        with torch.no_grad(), replaced(model, {name: new}): return model(tokens)
+    plain, once, twice = logits(lambda pattern: pattern), logits(half), logits(lambda pattern: 0.25 * pattern)
+    with torch.no_grad(), replaced(model, {name: half}):
+        with replaced(model, {name: half}): close(model(tokens), twice)
+        close(model(tokens), once)
+    with torch.no_grad(): close(model(tokens), plain)
 
 
 def test_a_model_that_cannot_be_replayed_takes_the_naive_way(gpt2):
@@ -221,6 +280,10 @@ def test_bad_input_names_the_argument(gpt2):
     ahead = torch.full((1, T), 1 / T)
     refuse(lambda: replay.run([Edit("pattern", 1, row, ahead, row + 2, head)]), "value", "ahead")
     refuse(lambda: replay.run([Edit("pattern", 1, row, ahead.expand(1, 4, T), row + 2)]), "value", "ahead")
+    padded = Replay(gpt2, tokens, torch.tensor([[0, 0] + [1] * (T - 2)] * 2))
+    refuse(lambda: padded.run([Edit("pattern", 1, row, ahead.cumsum(1) * (torch.arange(T) == 1), row + 4, head)]), "value", "padding")
+    refuse(lambda: replay.run([Edit("z", 1, row.repeat(2), z.repeat(2, 1), row.repeat(2), head.repeat(2))]), "rows", "two values")
+    refuse(lambda: each_edit("z", {}), "values")
     refuse(lambda: replay.run([Edit("z", 1, row.int(), z, row, head)]), "rows", "int64")
     refuse(lambda: replay.run([Edit("resid_pre", 1, row, z, row, head)]), "head", "no heads")
     refuse(lambda: replay.run([good], prompts=torch.tensor([2])), "prompts", "0 to 1")
@@ -232,6 +295,7 @@ def test_bad_input_names_the_argument(gpt2):
     refuse(lambda: Replay(gpt2, tokens.float()), "tokens")
     refuse(lambda: Replay(gpt2, tokens + 50), "tokens", "0 to 49")
     refuse(lambda: Replay(gpt2, tokens, attention_mask=torch.tensor([[1] * 6 + [0]] * 2)), "attention_mask", "left")
+    refuse(lambda: Replay(gpt2, tokens, attention_mask=torch.ones(2, T).numpy()), "attention_mask", "ndarray")
     refuse(lambda: Replay(gpt2, tokens, keep=["zz"]), "component")
     refuse(lambda: capture(gpt2, tokens, ["blocks.0.attn.hook_zz"]), "names", "hook_z")
     refuse(lambda: replaced(gpt2, {"blocks.9.attn.hook_z": z}).__enter__(), "replacements")
