@@ -205,7 +205,7 @@ class Edit:
     position: Int[Tensor, "entry"] | None = None
     head: Int[Tensor, "entry"] | None = None
 
-# %% ../nbs/06_interventions.ipynb #cde78c26
+# %% ../nbs/06_interventions.ipynb #0e31247a
 def position_first(component: str, activation: Tensor) -> Float[Tensor, "batch pos ..."]:
     "A hooked activation with its axes in the order batch, pos, head, width: only a pattern has another."
     return activation.transpose(1, 2) if component == "pattern" else activation
@@ -219,6 +219,7 @@ def _check_index(edit: Edit, name: str, size: int) -> Tensor:
     if len(index) and (index.min() < 0 or index.max() >= size): raise InputError(name, f"{int(index.min())} to {int(index.max())}", f"allowed: 0 to {size - 1}")
     return index.cpu()
 
+# %% ../nbs/06_interventions.ipynb #9d6879a2
 def _check_value(edit: Edit, wanted: Sequence[int], n_pos: int, first: Int[Tensor, "row"]) -> None:
     "An `InputError` unless the values have the wanted shape, are finite, and, if patterns, leave later positions and padding, before `first`, alone."
     import torch
