@@ -196,7 +196,7 @@ def copying_stage(chosen: Callable[[], list[Subject]], tag: str) -> tuple[dict[s
     results = {key(family, name): over_seeds(values, *describe(name)) for (family, name), values in families.items()}
     return kept(results), {f"copying_{tag}": pd.DataFrame(rows), f"scores_{tag}": pd.concat(scores)}
 
-# %% ../../nbs/20_induction_heads.ipynb #ccd10550
+# %% ../../nbs/20_induction_heads.ipynb #1d91f03d
 def moment(model: TransformerBridge, subject: Subject, n: int = 48) -> dict[str, float | str]:
     "The best heads and their scores, copying, and the probability of the right continuation after one and two agreeing characters, on `n` sequences each."
     length, shown = copy_length(model), stimuli(subject, model, "measure", n)
@@ -213,17 +213,18 @@ def course(recipe: Recipe, seed: int) -> pd.DataFrame:
     return pd.DataFrame([{"model": recipe.name, "seed": seed, "step": step, **moment(as_bridge(module, tokenizer), subject)} for step, module in snapshots(recipe, seed)])
 
 def phase_change(course: pd.DataFrame, column: str = "random_second_accuracy", least: float = 0.1) -> int | None:
-    "The first kept step at which `column` has made half of its way from the first row to the last; None if it rose by less than `least`."
+    "The first kept step from which on `column` has made half of its way from the first row to the last; None if it rose by less than `least`."
     first, last = course[column].iloc[0], course[column].iloc[-1]
     if last - first < least: return None
-    return int(course.loc[course[column] >= (first + last) / 2, "step"].iloc[0])
+    before = course.index[course[column] < (first + last) / 2]
+    return int(course.loc[course.index > before[-1], "step"].iloc[0])
 
 def plateau(course: pd.DataFrame, low: float = 0.65, high: float = 0.8) -> dict[str, float] | None:
     "The row in the middle of those whose second-copy accuracy on random repeats lies between `low` and `high`, or None."
     rows = course[course.random_second_accuracy.between(low, high)]
     return dict(rows.iloc[len(rows) // 2]) if len(rows) else None
 
-# %% ../../nbs/20_induction_heads.ipynb #c3754256
+# %% ../../nbs/20_induction_heads.ipynb #c718c7f0
 def shipped_runs() -> list[tuple[Recipe, int]]:
     "The trainings of the shipped models."
     return [(load_recipe(subject.family), subject.seed) for subject in shipped_subjects()]
@@ -239,11 +240,11 @@ def course_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     for family, runs in families.items():
         for name, (column, least) in CHANGES.items():
             steps = [float(step) for run in runs if (step := phase_change(run, column, least)) is not None]
-            how = f"first kept step at half of the final {column.replace('_', ' ')}; mean over the {len(steps)} of {len(runs)} seeds in which it rose by {least} or more"
+            how = f"first kept step from which on half of the final {column.replace('_', ' ')} is there; over the {len(steps)} of {len(runs)} seeds in which it rose by {least} or more"
             if len(steps) > 1: results[key(family, name)] = seeds_result(steps, unit="steps", how=how)
         rested = [row for run in runs if (row := plateau(run))]
         if len(rested) > 1:
-            results |= {key(family, f"plateau_{name}"): seeds_result([row[name] for row in rested], unit="", how=f"{name.replace('_', ' ')} on the plateau; mean over seeds")
+            results |= {key(family, f"plateau_{name}"): seeds_result([row[name] for row in rested], unit="", how=f"{name.replace('_', ' ')} on the plateau")
                         for name in ("match_1", "match_2", "random_second_accuracy")}
     return results, {"course": pd.concat([run for runs in families.values() for run in runs])}
 
