@@ -38,12 +38,12 @@ def hook_name(model: TransformerBridge, component: str, layer: int) -> str:
         raise InputError("component", component, f"this model's blocks have: {', '.join(have)}")
     return name
 
-# %% ../nbs/06_interventions.ipynb #a2e5c64a
+# %% ../nbs/06_interventions.ipynb #41eb1226
 def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
                  argument: str = "tokens") -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
     "Tokens and mask (1 = read, 0 = padding on the left) on the model's device; an `InputError` for what the model cannot read exactly."
     import torch
-    whole = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype not in whole or 0 in tokens.shape:
         was = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise InputError(argument, was, "allowed: an integer tensor [batch, pos] with at least one prompt and one token")

@@ -263,10 +263,10 @@ def attention_grid(patterns: Float[np.ndarray, "n_heads query_pos key_pos"], lab
         if title: figure.suptitle(title, fontsize=10)
     return _settled(figure)
 
-# %% ../nbs/02_plots.ipynb #00b27979
+# %% ../nbs/02_plots.ipynb #b9cd4005
 def circuit_diagram(edges: pd.DataFrame, rows: Sequence[Sequence[str]], *, colour: str | None = None, least: float = 0.0, title: str | None = None,
                     height: float | None = None) -> Figure:
-    """Boxes in `rows` (the first at the bottom) and, from `source` to `target`, lines as wide as the size of `weight`, the columns of `edges`; dashed where it is negative.
+    """Boxes in `rows` (the first at the bottom) and, from `source` to `target`, lines as wide as the size of `weight`, the columns of `edges`; dotted where it is negative.
     `colour` names the column that separates kinds of connections; those smaller than `least` are left out."""
     _check_frame(edges, {"weight": "weight"}, {"source": "source", "target": "target", "colour": colour})
     place = {name: ((i + 0.5) / len(row), level) for level, row in enumerate(rows) for i, name in enumerate(row)}
