@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['TASKS', 'Task', 'copying_pairs', 'Metric', 'answer_ids', 'logit_diff', 'log_probability', 'probability',
+__all__ = ['SAVED_AS', 'TASKS', 'Task', 'copying_pairs', 'Metric', 'answer_ids', 'logit_diff', 'log_probability', 'probability',
            'kl_divergence', 'next_token_loss', 'get_activations', 'patch_activation', 'compute_patching_effect', 'Scan',
            'Pairs', 'run_pairs', 'patch_scan', 'copying_task', 'patch_layer_scan', 'patch_layers',
            'find_important_components', 'Part', 'parse_component', 'has_component', 'put_part', 'ablation_scan',
            'ablate_component', 'writes_at', 'reads_at', 'sender_change', 'mlp_reads', 'path_patching',
-           'attribution_patching', 'slopes', 'find_circuit']
+           'attribution_patching', 'slopes', 'as_task', 'find_circuit']
 
 # %% ../nbs/07_activation_patching.ipynb #2ab73dff
 @dataclass(frozen=True, eq=False)
@@ -262,7 +262,7 @@ def _undecided(gap: Float[Tensor, "pair"], there: Bool[Tensor, "pair *cells"]) -
         return bool(low <= 0 <= high)
     return torch.tensor([undecided(pairs) for pairs in groups])[which].view(there.shape[1:])
 
-# %% ../nbs/07_activation_patching.ipynb #af29f08f
+# %% ../nbs/07_activation_patching.ipynb #8cc33b74
 @dataclass(frozen=True, eq=False, repr=False)
 class Scan:
     """The metric after each patch: `patched` is `[pair, *axes]`, NaN where there was nothing to patch. `clean` and `corrupted` are the metric without a patch, `[pair]` (`corrupted` is None for an
@@ -282,7 +282,9 @@ class Scan:
         return f"Scan of {self.component}, {self.direction}: {cells}, {len(self.clean)} pairs; {self.metric} without a patch {self.baseline:.3f}"
 
     @property
-    def unpatched(self) -> Float[Tensor, "pair"]: return self.corrupted if self.direction == "denoise" else self.clean
+    def unpatched(self) -> Float[Tensor, "pair"]:
+        "The metric of the runs that were patched, before they were."
+        return self.corrupted if self.direction == "denoise" else self.clean
     @property
     def baseline(self) -> float:
         "The mean metric of the unpatched runs."
@@ -301,13 +303,17 @@ class Scan:
         if self.corrupted is None: raise InputError("scan", self.direction, "an ablation has no corrupted run to normalise by; see effects")
         return compute_patching_effect(self.patched, self.clean, self.corrupted).to(self.patched)
 
-# %% ../nbs/07_activation_patching.ipynb #47ba2ef4
+# %% ../nbs/07_activation_patching.ipynb #50749b09
 def _pairs(self: Scan, which: slice | Sequence[int]) -> Scan:
     "The scan of some of the pairs: cells that are chosen on some should be measured on others."
     index = _places("which", range(len(self.clean))[which] if isinstance(which, slice) else which, len(self.clean))
     return replace(self, patched=self.patched[index], clean=self.clean[index], corrupted=None if self.corrupted is None else self.corrupted[index], tokens=tuple([names[i] for i in index] for names in self.tokens))
 
-Scan.pairs = _pairs
+def _share(self: Scan) -> Float[Tensor, "*axes"]:
+    "The part of the difference between clean and corrupted that the patch carries, in either direction; errors as for `normalized`."
+    return self.normalized if self.direction == "denoise" else 1 - self.normalized
+
+Scan.pairs, Scan.share = _pairs, property(_share)
 
 def _position_names(scan: Scan) -> list[list[str]]:
     "For each position the clean and the corrupted token, or an empty string where the pairs differ."
@@ -336,7 +342,9 @@ def _normalized_columns(scan: Scan) -> tuple[Float[np.ndarray, "cell"], Float[np
 
 Scan.to_frame = _to_frame
 
-# %% ../nbs/07_activation_patching.ipynb #f78af9a4
+# %% ../nbs/07_activation_patching.ipynb #9280cf5a
+SAVED_AS = (".csv", ".svg", ".png", ".html")
+
 def _as_map(scan: Scan) -> tuple[Float[np.ndarray, "rows columns"], dict[str, Any]]:
     "A scan as a matrix, and how to label it: positions or receivers to the right, layers and heads upwards."
     import numpy as np
@@ -362,7 +370,7 @@ def _plot(self: Scan, interactive: bool = True) -> go.Figure | Figure:
 def _save(self: Scan, path: str | Path) -> Path:
     "Write the table (.csv), a still figure (.svg, .png) or an interactive one that needs no network (.html), whole or not at all."
     from mechinterp_lib.plots import save_figure
-    kind = check_choice("path", Path(path).suffix.lower(), [".csv", ".svg", ".png", ".html"])
+    kind = check_choice("path", Path(path).suffix.lower(), SAVED_AS)
     if kind in (".svg", ".png"): return save_figure(self.plot(interactive=False), path)
     text = self.to_frame().to_csv(index=False) if kind == ".csv" else self.plot().to_html(include_plotlyjs=True)
     with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8")
@@ -395,7 +403,7 @@ def _metric_for(model: TransformerBridge, metric: Any, clean: Float[Tensor, "pai
     if metric.n not in (None, len(base)): raise InputError("metric", f"{metric.name} of {metric.n} prompts", f"there are {len(base)}")
     return metric
 
-# %% ../nbs/07_activation_patching.ipynb #ece03f79
+# %% ../nbs/07_activation_patching.ipynb #8ae0cea3
 @dataclass(frozen=True, eq=False)
 class Pairs:
     "Pairs of runs: the replay holds first the `n` prompts that are patched, then those that patches come from."
@@ -410,9 +418,15 @@ class Pairs:
     on_corrupted: Float[Tensor, "pair"]
 
     @property
-    def unpatched(self) -> Float[Tensor, "pair"]: return self.on_corrupted if self.direction == "denoise" else self.on_clean
-    def source(self, component: str, layer: int) -> Float[Tensor, "pair pos ..."]: return self.replay.kept[component][layer][self.n:]
-    def base(self, component: str, layer: int) -> Float[Tensor, "pair pos ..."]: return self.replay.kept[component][layer][:self.n]
+    def unpatched(self) -> Float[Tensor, "pair"]:
+        "The metric of the runs that are patched, before they are."
+        return self.on_corrupted if self.direction == "denoise" else self.on_clean
+    def source(self, component: str, layer: int) -> Float[Tensor, "pair pos ..."]:
+        "An activation of the runs that patches come from."
+        return self.replay.kept[component][layer][self.n:]
+    def base(self, component: str, layer: int) -> Float[Tensor, "pair pos ..."]:
+        "An activation of the runs that are patched."
+        return self.replay.kept[component][layer][:self.n]
     def run(self, edits: Sequence[Edit], prompts: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
         "The metric of each row, a run of one of the patched prompts with edits."
         import numpy as np
@@ -423,6 +437,7 @@ class Pairs:
         names = names or (token_names(self.replay.model, self.clean), token_names(self.replay.model, self.corrupted))
         return Scan(component, self.direction, self.metric.name, self.metric.unit, axes, patched, self.on_clean, self.on_corrupted, names)
 
+# %% ../nbs/07_activation_patching.ipynb #0263c069
 def run_pairs(model: TransformerBridge, clean_input: Any, corrupted_input: Any, keep: Iterable[str], metric: Any, direction: str, memory: int) -> Pairs:
     "Run both prompts of each pair once."
     import torch
@@ -502,7 +517,7 @@ def copying_task(model: TransformerBridge, n: int = 64, match: int = 3, gap: int
     clean, corrupted, answer, wrong, names = copying_pairs(n, model.cfg.d_vocab, generator("copying", seed), match, gap, exchange)
     return Task("induction", clean, corrupted, logit_diff(model, answer, wrong), names)
 
-# %% ../nbs/07_activation_patching.ipynb #b539f629
+# %% ../nbs/07_activation_patching.ipynb #99f65ca7
 def patch_layer_scan(model: TransformerBridge, clean_input: str | Sequence[str] | Int[Tensor, "pair pos"], corrupted_input: str | Sequence[str] | Int[Tensor, "pair pos"], **options) -> Scan:
     "`patch_scan` of the residual stream before each layer, `resid_pre`, at each position; the same options."
     return patch_scan(model, clean_input, corrupted_input, **{"component": "resid_pre", **options})
@@ -527,9 +542,8 @@ def find_important_components(results: Scan | Mapping[Any, float], threshold: fl
     if top_k is not None: check_range("top_k", top_k, 1, 2**31)
     if isinstance(results, Mapping): frame = pd.DataFrame({"component": list(results), "share": [float(effect) for effect in results.values()]})
     elif isinstance(results, Scan):
-        if results.corrupted is not None: results.normalized                                       # refuses what cannot be normalised
-        frame = results.to_frame()
-        frame["share"] = frame["effect"] if results.corrupted is None else frame["normalized"] if results.direction == "denoise" else 1 - frame["normalized"]
+        share = results.effects if results.corrupted is None else results.share
+        frame = results.to_frame().assign(share=share.flatten().cpu().double().numpy())
     else: raise InputError("results", type(results).__name__, "allowed: a Scan, or a mapping from names to effects")
     order = frame["share"].abs().sort_values(ascending=False, kind="stable").index
     frame = frame.loc[order]
@@ -630,7 +644,7 @@ def ablate_component(model: TransformerBridge, inputs: str | Sequence[str] | Int
     patched = pairs.run([put_part(part, rows, value(part.component, part.layer)) for part in parts], rows)
     return replace(pairs.scan(component, {}, patched, (names,)), corrupted=None)
 
-# %% ../nbs/07_activation_patching.ipynb #8460ea4c
+# %% ../nbs/07_activation_patching.ipynb #a51426f2
 _END = 2**31
 
 def writes_at(name: str, parts: Sequence[Part]) -> int:
@@ -643,6 +657,11 @@ def reads_at(model: TransformerBridge, name: str, parts: Sequence[Part]) -> int:
     if name == "logits": return _END
     return min(2 * part.layer + (part.component == "mlp_out" and has_component(model, "resid_mid")) for part in parts)
 
+def _holds(whole: Part, part: Part) -> bool:
+    "Whether one part is inside another: a head in its layer's attention, a query, key or value in its head."
+    if whole.layer != part.layer or part.component not in ("z", "q", "k", "v"): return False
+    return whole.component == "attn_out" or (whole.component == "z" != part.component and whole.head == part.head)
+
 def _ends(model: TransformerBridge, argument: str, names: Sequence, end: str, allowed: Sequence[str]) -> dict[str, list[Part]]:
     "The parts of each sender or receiver by name; of a tuple of names together."
     if isinstance(names, str) or not len(names): raise InputError(argument, names, f"allowed: a list such as ['{end}', 'L0H1'], not empty")
@@ -652,9 +671,7 @@ def _ends(model: TransformerBridge, argument: str, names: Sequence, end: str, al
         parts = list(dict.fromkeys(part for one in group if one != end for part in parse_component(model, one)))
         if not group or (end in group and len(group) > 1): raise InputError(argument, name, f"allowed: names of parts, or {end!r} alone")
         for part in parts: check_choice(f"component of {argument}", part.component, allowed)
-        for whole, inside in (("attn_out", "z"), ("z", "q"), ("z", "k"), ("z", "v"), ("attn_out", "q"), ("attn_out", "k"), ("attn_out", "v")):
-            twice = {part.layer for part in parts if part.component == whole} & {part.layer for part in parts if part.component == inside}
-            if twice and (whole == "attn_out" or {(p.layer, p.head) for p in parts if p.component == whole} & {(p.layer, p.head) for p in parts if p.component == inside}): raise InputError(argument, name, "a part and a part of it would count twice")
+        if any(_holds(whole, part) for whole, part in itertools.permutations(parts, 2)): raise InputError(argument, name, "a part and a part of it would count twice")
         if (label := " + ".join(map(str, group))) in found: raise InputError(argument, label, "named twice")
         found[label] = parts
     return found
@@ -754,15 +771,21 @@ def slopes(pairs: Pairs, component: str, layers: Sequence[int]) -> list[Float[Te
     if not value.requires_grad: raise InputError("metric", pairs.metric.name, "it has no gradient with respect to the logits")
     return [position_first(component, slope) for slope in torch.autograd.grad(value, list(zeros.values()))]
 
-# %% ../nbs/07_activation_patching.ipynb #6b52e880
+# %% ../nbs/07_activation_patching.ipynb #54976099
 TASKS = {"induction": copying_task}
+
+def as_task(model: TransformerBridge, task: str | Task) -> Task:
+    "The task of that name in `TASKS`, or the task itself."
+    if isinstance(task, str): return TASKS[check_choice("task", task, TASKS)](model)
+    if not isinstance(task, Task): raise InputError("task", type(task).__name__, f"allowed: a Task, or the name of one: {', '.join(TASKS)}")
+    return task
 
 def find_circuit(model: TransformerBridge, task: str | Task = "induction", method: str = "path_patching", *, threshold: float = 0.05, direction: str = "denoise", memory: int = MEMORY) -> pd.DataFrame:
     """The edges of a circuit (for other methods see `circuits.find_circuit`), found from the logits down (Wang et al. 2023) along direct paths: sender, receiver, and the `share` of the clean-corrupted difference that goes this way, with its interval over the pairs
     that did not choose it. `task` is the name of one in `TASKS`, or a `Task` of one's own with at least 4 pairs. `InputError` if the model does not tell clean from corrupted prompts."""
     import pandas as pd
     check_choice("method", method, ["path_patching"])
-    if isinstance(task, str): task = TASKS[check_choice("task", task, TASKS)](model)
+    task = as_task(model, task)
     if len(task.clean) < 4: raise InputError("task", f"{len(task.clean)} pairs", "at least 4: one half chooses, the other measures")
     heads = [[head_label(layer, head) for head in range(model.cfg.n_heads)] for layer in range(model.cfg.n_layers)]
     nodes = ["embed"] + [name for layer, row in enumerate(heads) for name in row + [f"layer_{layer}_mlp"] * has_component(model, "mlp_out", layer)]
@@ -777,7 +800,7 @@ def find_circuit(model: TransformerBridge, task: str | Task = "induction", metho
 def _edges(scan: Scan, threshold: float) -> list[tuple]:
     "The edges whose share, on every other pair, reaches the threshold in size, largest first, with share and interval on the rest."
     frames = [scan.pairs(slice(half, None, 2)) for half in (0, 1)]
-    chosen, measured = (part.normalized if scan.direction == "denoise" else 1 - part.normalized for part in frames)
+    chosen, measured = (part.share for part in frames)
     table = frames[1].to_frame()
     low, high = (table["normalized_low"], table["normalized_high"]) if scan.direction == "denoise" else (1 - table["normalized_high"], 1 - table["normalized_low"])
     order = chosen.abs().nan_to_num(-1).flatten().argsort(descending=True, stable=True).tolist()

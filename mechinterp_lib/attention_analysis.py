@@ -155,11 +155,12 @@ def copy_metrics(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], len
     copies = {"first": slice(start, start + length - 1), "second": slice(start + length, start + 2 * length - 1)}
     return {f"{copy}_{name}": found[key][:, where].mean(1) for name, key in (("loss", "loss"), ("accuracy", "hit")) for copy, where in copies.items()}
 
-# %% ../nbs/08_attention_analysis.ipynb #e95d7a07
+# %% ../nbs/08_attention_analysis.ipynb #6b421f49
 def in_context_score(losses: Float[Tensor, "batch pos"], early: int | slice, late: int | slice) -> Float[Tensor, "batch"]:
     "Loss at `late` minus loss at `early` for each sequence, in nats (Olsson et al. 2022); a slice means the mean over its positions."
     if losses.ndim != 2: raise InputError("losses", f"shape {tuple(losses.shape)}", "allowed: [batch, pos], as position_losses returns them")
-    def at(name, where):
+    def at(name: str, where: int | slice) -> Float[Tensor, "batch"]:
+        "The loss at a position, or its mean over some."
         if not isinstance(where, slice): return losses[:, check_range(name, where, 0, losses.shape[1])]
         if not losses[:, where].shape[1]: raise InputError(name, where, f"holds none of the {losses.shape[1]} positions")
         return losses[:, where].mean(1)
@@ -224,7 +225,7 @@ def match_sequences(batch: int, m: int, n_ctx: int, d_vocab: int, generator: tor
             return Matches(*(parts if distractor else parts[:3]))
     raise InputError("m, n_ctx, d_vocab", (m, n_ctx, d_vocab), "such sequences are too rare; take a longer context or a larger vocabulary")
 
-# %% ../nbs/08_attention_analysis.ipynb #fb87fcb2
+# %% ../nbs/08_attention_analysis.ipynb #1eb7e94f
 def copying_by_match_length(model: TransformerBridge, lengths: Iterable[int], *, n_ctx: int | None = None, d_vocab: int | None = None, batch: int = 64,
                             seed: int = 0, distractor: bool = False, low: int = 0, bos: int | None = None, chunk: int = 32) -> dict[int, dict[str, Tensor]]:
     """By match length: `probability` of B and `accuracy` (`[batch]`), `attention` to B's place (`[batch, layer, head]`), and with a distractor
@@ -240,7 +241,8 @@ def _match_scores(model: TransformerBridge, matches: Matches, chunk: int) -> dic
     if matches.distractor is not None: places["distractor_"] = (matches.distractor, matches.distractor_pos)
     def pick(values, index, rows): return values[torch.arange(len(values), device=values.device), ..., index[rows].to(values.device)]
     def read_pattern(pattern, rows): return {f"{name}attention": pick(pattern[:, :, -1], place, rows) for name, (_, place) in places.items()}
-    def read_logits(logits, rows):
+    def read_logits(logits: Float[Tensor, "batch pos d_vocab"], rows: slice) -> dict[str, Tensor]:
+        "What the last position predicts for the answer and the distractor."
         chances = logits[:, -1].softmax(-1)
         return ({f"{name}probability": pick(chances, token, rows) for name, (token, _) in places.items()}
                 | {"accuracy": (chances.argmax(-1).cpu() == matches.answer[rows]).float()})

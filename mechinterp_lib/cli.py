@@ -41,13 +41,13 @@ def cmd_train(args: argparse.Namespace) -> int:
     else: print(f"{out}: validation loss {record['validation_loss']:.4f} nats/token, best at step {record['best_step']}, {record['seconds']:.0f} s")
     return 0
 
-# %% ../nbs/30_cli.ipynb #98f59cad
+# %% ../nbs/30_cli.ipynb #cb7fb225
 def cmd_patch(args: argparse.Namespace) -> int:
     "Patch each place of a component from one prompt's run into another's; print the largest effects."
-    from mechinterp_lib.activation_patching import find_important_components, logit_diff, patch_scan
+    from mechinterp_lib.activation_patching import SAVED_AS, find_important_components, logit_diff, patch_scan
     from mechinterp_lib.models import load_model
     if (args.answer is None) != (args.wrong is None): raise InputError("answer, wrong", (args.answer, args.wrong), "allowed: both or neither")
-    if args.save: check_choice("save", args.save.suffix.lower(), [".csv", ".svg", ".png", ".html"])
+    if args.save: check_choice("save", args.save.suffix.lower(), SAVED_AS)
     model = load_model(args.model, device=args.device)
     metric = None if args.answer is None else logit_diff(model, args.answer, args.wrong)
     scan = patch_scan(model, args.clean, args.corrupted, component=args.component, positions=args.positions, metric=metric, direction=args.direction)
@@ -140,7 +140,7 @@ def cmd_report(args: argparse.Namespace) -> int:
     print(text)
     return 0
 
-# %% ../nbs/30_cli.ipynb #05e79639
+# %% ../nbs/30_cli.ipynb #4a5480d8
 class _Parser(argparse.ArgumentParser):
     "A parser whose errors are like all others here: one line."
     def error(self, message: str) -> NoReturn: raise InputError("arguments", self.prog, f"{message}; see {self.prog} --help")
@@ -150,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="mechinterp", description="Research into how small transformers compute: its models, experiments and numbers.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     def add(name, function):
+        "A command, described by its function's docstring."
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(function=function)
         return command

@@ -791,7 +791,7 @@ def _group(rows: np.ndarray, prompts: np.ndarray, start: np.ndarray, stop: np.nd
     positions = np.arange(first, end)
     return _Group(rows, prompts, positions, None if same else positions >= start[:, None], end, kind)
 
-# %% ../nbs/06_interventions.ipynb #69de4b1b
+# %% ../nbs/06_interventions.ipynb #dea03fb4
 TOLERANCE = 1e-5
 MEMORY = 256 * 2**20
 
@@ -812,7 +812,9 @@ class Replay:
         if self.logits is None: self.logits, self.kept = _run_bridge(self, keep)
 
     @property
-    def exact(self) -> bool: return self.reason is None
+    def exact(self) -> bool:
+        "Whether rows are resumed rather than run from the start."
+        return self.reason is None
 
     def _attempt(self, action: Callable[[], None]) -> None:
         "Do what needs the twin; where it fails, say why and fall back."

@@ -254,7 +254,7 @@ def as_bridge(module: nn.Module, tokenizer: PreTrainedTokenizerFast | None = Non
     _give_tokenizer(bridge, tokenizer, source)
     return bridge.eval()
 
-# %% ../nbs/04_models.ipynb #51ae0567
+# %% ../nbs/04_models.ipynb #57ec198d
 def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | None:
     "The tokenizer in a `tokenizer.json`, None where there is no such file; begin and end tokens are those that the configuration names."
     from tokenizers import Tokenizer
@@ -267,12 +267,13 @@ def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | No
     return PreTrainedTokenizerFast(tokenizer_object=plain, clean_up_tokenization_spaces=False, **{name: token for name, token in special.items() if token})
 
 def _load_folder(folder: Path, name: str, device: str, dtype) -> TransformerBridge:
+    "A model from a checked folder."
     config = _checked_config(folder)
     kind = config["architectures"][0]
     module = _load_native(folder, config, dtype) if kind == NATIVE else _load_hf(folder, kind, dtype)
     return as_bridge(module, _load_tokenizer(folder / "tokenizer.json", config), name, device)
 
-# %% ../nbs/04_models.ipynb #da6dde42
+# %% ../nbs/04_models.ipynb #3ffe0835
 def list_models() -> list[str]:
     "The names of the shipped models: every folder below `models/` that holds a `config.json`."
     root = home() / "models"
@@ -288,7 +289,8 @@ def describe_model(name: str) -> dict[str, Any]:
     config, header = _checked_config(folder), _safetensors_header(folder / "model.safetensors")
     record = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
     if not isinstance(record, dict): raise InputError("path", str(folder / "training.json"), "holds no training record")
-    def first(*keys):
+    def first(*keys: str) -> int:
+        "The first of these fields that the configuration has."
         number = next((config[key] for key in keys if key in config), None)
         if number is None and config["architectures"][0] in _HF_CLASSES: number = getattr(_hf_config(config["architectures"][0], {}), keys[-1])   # not written: the default
         if not isinstance(number, int): raise InputError("path", str(folder / "config.json"), f"it names no {keys[0]}")

@@ -43,7 +43,7 @@ def _percentile(samples: Sequence[Float[np.ndarray, "n"]], statistic: Callable, 
                                confidence_level=_level(level), method="percentile", rng=np.random.default_rng(seed)).confidence_interval
     return float(statistic(*samples)), float(interval.low), float(interval.high)
 
-# %% ../nbs/01_statistics.ipynb #d36ef49e
+# %% ../nbs/01_statistics.ipynb #68bd7cfe
 def ratio_of_sums_ci(numerators: Float[np.ndarray, "n"], denominators: Float[np.ndarray, "n"], n_resamples: int = N_RESAMPLES,
                      level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
     "`sum(numerators) / sum(denominators)` with a percentile interval over units, as (value, low, high)."
@@ -51,6 +51,7 @@ def ratio_of_sums_ci(numerators: Float[np.ndarray, "n"], denominators: Float[np.
     if len(top) != len(below): raise InputError("denominators", f"{len(below)} values", f"allowed: one for each of the {len(top)} numerators")
     whole = float(below.sum())
     def ratio(top, below, axis=-1):
+        "The sums' ratio, refused where the lower sum changes its sign."
         total = below.sum(axis=axis)
         if (total * whole <= 0).any(): raise InputError("denominators", f"sum {whole:g}", "the sum must keep its sign in every resample")
         return top.sum(axis=axis) / total
@@ -126,14 +127,16 @@ def seeds_result(per_seed_values: Float[np.ndarray, "seed"], *, unit: str, how: 
     value, half = float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return Result(value, value - half, value + half, n=len(values), seeds=len(values), unit=unit, how=f"{how}; mean over seeds, t interval")
 
-# %% ../nbs/01_statistics.ipynb #5509e9dc
+# %% ../nbs/01_statistics.ipynb #ecadcc6b
 def permutation_test(a: Float[np.ndarray, "n_a"], b: Float[np.ndarray, "n_b"], n: int = N_RESAMPLES, seed: int = 0, paired: bool = False) -> float:
     "Two-sided p-value for a difference in means under exchange of labels, +1 corrected (exact where `n` exchanges cover all)."
     from scipy import stats
     a, b = _finite("a", a), _finite("b", b)
     if n < 1: raise InputError("n", n, "at least 1")
     if paired and len(a) != len(b): raise InputError("b", f"{len(b)} values", f"allowed when paired: as many as a ({len(a)})")
-    def difference(a, b, axis=-1): return a.mean(axis=axis) - b.mean(axis=axis)
+    def difference(a, b, axis=-1):
+        "Of the means."
+        return a.mean(axis=axis) - b.mean(axis=axis)
     return float(stats.permutation_test((a, b), difference, permutation_type="samples" if paired else "independent", n_resamples=n,
                                         batch=max(1, _CHUNK // (len(a) + len(b))), vectorized=True, rng=np.random.default_rng(seed)).pvalue)
 

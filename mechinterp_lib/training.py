@@ -154,12 +154,13 @@ def use_float32_attention(module: nn.Module) -> None:
     AttentionMaskInterface.register("float32_sdpa", _no_padding)
     module.set_attn_implementation("float32_sdpa")
 
-# %% ../nbs/05_training.ipynb #9c2bb2ff
+# %% ../nbs/05_training.ipynb #153f387a
 def use_byte_dropout(module: nn.Module) -> None:
     "Replace every `nn.Dropout` in `module` by one that decides eight elements with one random 64-bit number."
     import torch
     class ByteDropout(torch.nn.Dropout):
         def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+            "`x` with entries dropped, in training mode."
             cut = round(self.p * 256)
             if not self.training or cut == 0: return x
             numbers = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-2**63, 2**63 - 1)

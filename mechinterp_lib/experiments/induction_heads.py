@@ -522,7 +522,7 @@ def composition_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     edges = pd.DataFrame([row for subject in shipped_subjects() for row in edge_effects(subject)])
     return kept(results), {"composition": table, "edges": edges}
 
-# %% ../../nbs/20_induction_heads.ipynb #da54c38a
+# %% ../../nbs/20_induction_heads.ipynb #d0459305
 EXCHANGES, PAIRS = ("first", "last"), 64
 PATHS = {"embed": "the embedding", "heads": "all heads of layer 0", "wide": "all heads of layer 0, by the MLP too,", "mlp": "the MLP of layer 0", "all": "all that layer 0 adds, heads and MLP",
          "q": "the queries of layer 1", "k": "the keys of layer 1", "v": "the values of layer 1"}
@@ -533,9 +533,8 @@ def patching_maps(subject: Subject, n: int = PAIRS) -> list[dict]:
     for exchange, direction in itertools.product(EXCHANGES, ("denoise", "noise")):
         task = copying_task(model, n, exchange=exchange)
         scan = patch_scan(model, task.clean, task.corrupted, component="attn_out", metric=task.metric, direction=direction)
-        shares = scan.normalized if direction == "denoise" else 1 - scan.normalized
         rows += [{"model": subject.family, "seed": subject.seed, "exchange": exchange, "direction": direction, "layer": layer, "pos": pos, "token": task.tokens[pos], "share": float(share)}
-                 for (layer, pos), share in np.ndenumerate(shares.numpy())]
+                 for (layer, pos), share in np.ndenumerate(scan.share.numpy())]
     return rows
 
 def patching_paths(subject: Subject, n: int = PAIRS) -> list[dict]:
@@ -550,9 +549,8 @@ def patching_paths(subject: Subject, n: int = PAIRS) -> list[dict]:
         def shares(names: dict, **options) -> list[dict]:
             "One row a sender and receiver."
             scan = path_patching(model, task.clean, task.corrupted, list(names.values()), list(receivers.values()), metric=task.metric, direction=direction, **options)
-            values = scan.normalized if direction == "denoise" else 1 - scan.normalized
             return [{"model": subject.family, "seed": subject.seed, "exchange": exchange, "direction": direction, "sender": list(names)[i], "receiver": list(receivers)[j], "share": float(share)}
-                    for (i, j), share in np.ndenumerate(values.numpy()) if not np.isnan(share)]
+                    for (i, j), share in np.ndenumerate(scan.share.numpy()) if not np.isnan(share)]
         rows += shares(senders)
         if "mlp" in senders: rows += shares({"wide": tuple(heads[0])}, through_mlps=True)
     return rows
