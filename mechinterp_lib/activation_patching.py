@@ -27,7 +27,7 @@ __all__ = ['SAVED_AS', 'TASKS', 'Task', 'copying_pairs', 'Metric', 'answer_ids',
            'kl_divergence', 'next_token_loss', 'get_activations', 'patch_activation', 'compute_patching_effect', 'Scan',
            'Pairs', 'run_pairs', 'patch_scan', 'copying_task', 'patch_layer_scan', 'patch_layers',
            'find_important_components', 'Part', 'parse_component', 'has_component', 'put_part', 'ablation_scan',
-           'ablate_component', 'writes_at', 'reads_at', 'sender_change', 'mlp_reads', 'path_patching',
+           'ablate_component', 'writes_at', 'reads_at', 'sender_changes', 'mlp_reads', 'path_patching',
            'attribution_patching', 'slopes', 'as_task', 'find_circuit']
 
 # %% ../nbs/07_activation_patching.ipynb #2ab73dff
@@ -676,17 +676,19 @@ def _ends(model: TransformerBridge, argument: str, names: Sequence, end: str, al
         found[label] = parts
     return found
 
-# %% ../nbs/07_activation_patching.ipynb #af3923a0
-def sender_change(pairs: Pairs, name: str, parts: Sequence[Part]) -> Float[Tensor, "pair pos d_model"]:
-    "The change of the residual stream when a sender's output is the other run's."
+# %% ../nbs/07_activation_patching.ipynb #1991a3d6
+def sender_changes(pairs: Pairs, senders: Mapping[str, Sequence[Part]], some: Int[Tensor, "some"] | None = None) -> Float[Tensor, "sender some pos d_model"]:
+    "The change of the residual stream in some of the pairs (None: in all) when a sender's output is the other run's; `embed` has no parts."
     import torch
-    if name == "embed": return pairs.source("resid_pre", 0) - pairs.base("resid_pre", 0)
-    changes = [pairs.source(part.component, part.layer) - pairs.base(part.component, part.layer) for part in parts if part.head is None]
-    rows = torch.arange(pairs.n)
-    for layer in {part.layer for part in parts if part.head is not None}:
-        edits = [put_part(part, rows, pairs.source("z", layer)) for part in parts if part.head is not None and part.layer == layer]
-        changes.append(pairs.replay.activation(edits, "attn_out", layer, rows) - pairs.base("attn_out", layer))
-    return sum(changes)
+    some = torch.arange(pairs.n) if some is None else some
+    changes, n = torch.zeros_like(pairs.base("resid_pre", 0)[some]).repeat(len(senders), 1, 1, 1), len(some)
+    for change, (name, parts) in zip(changes, senders.items()):
+        for place in [("resid_pre", 0)] if name == "embed" else [(part.component, part.layer) for part in parts if part.head is None]: change += pairs.source(*place)[some] - pairs.base(*place)[some]
+    for layer in sorted({part.layer for parts in senders.values() for part in parts if part.head is not None}):
+        heads = {i: found for i, parts in enumerate(senders.values()) if (found := [part for part in parts if part.head is not None and part.layer == layer])}
+        edits = [put_part(part, torch.arange(n) + k * n, pairs.source("z", layer)[some]) for k, parts in enumerate(heads.values()) for part in parts]
+        changes[list(heads)] += pairs.replay.activation(edits, "attn_out", layer, some.repeat(len(heads))).unflatten(0, (len(heads), n)) - pairs.base("attn_out", layer)[some]
+    return changes
 
 def mlp_reads(pairs: Pairs) -> str:
     "The stream that the MLPs read: in parallel blocks that of the attention."
@@ -715,7 +717,7 @@ def _received(pairs: Pairs, parts: Sequence[Part], moved: Float[Tensor, "sender 
     if not parts: return [Edit("resid_post", last, rows, (pairs.base("resid_post", last) + moved).flatten(0, 1))]
     return [put_part(part, rows, _reading(pairs, part, moved)) for part in parts]
 
-# %% ../nbs/07_activation_patching.ipynb #2821f595
+# %% ../nbs/07_activation_patching.ipynb #f469469f
 def path_patching(model: TransformerBridge, clean_input: str | Sequence[str] | Int[Tensor, "pair pos"], corrupted_input: str | Sequence[str] | Int[Tensor, "pair pos"], senders: Sequence[str | tuple],
                   receivers: Sequence[str | tuple] = ("logits",), *, metric: Metric | Callable | None = None, direction: str = "denoise", through_mlps: bool = False, memory: int = MEMORY) -> Scan:
     """Patch the path from each sender (`embed`, or a part as `parse_component` names it) to each receiver (a part, or `logits`): all heads and MLPs between them are held at the unpatched run's values (Goldowsky-Dill et al. 2023), or, with `through_mlps`, all heads (Wang et al. 2023). Axes of the result:
@@ -727,7 +729,7 @@ def path_patching(model: TransformerBridge, clean_input: str | Sequence[str] | I
     pairs = run_pairs(model, clean_input, corrupted_input, sorted(wanted), metric, direction, memory)
     patched = pairs.unpatched.new_full((pairs.n, len(sending), len(receiving)), float("nan"))
     for some in _at_a_time(list(sending), pairs, memory):
-        sent = torch.stack([sender_change(pairs, name, sending[name]) for name in some])
+        sent = sender_changes(pairs, {name: sending[name] for name in some})
         for j, (receiver, parts) in enumerate(receiving.items()):
             writes, reads = [writes_at(name, sending[name]) for name in some], reads_at(model, receiver, parts)
             before = [i for i, at in enumerate(writes) if at < reads]

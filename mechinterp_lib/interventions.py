@@ -714,7 +714,7 @@ def _writes(edits: Sequence[Edit], local: np.ndarray, where: np.ndarray, device)
         found.setdefault(edit.component, []).append((torch.from_numpy(token).to(device), head, edit.value[tuple(map(torch.from_numpy, value))].to(device)))
     return found
 
-# %% ../nbs/06_interventions.ipynb #561ebd05
+# %% ../nbs/06_interventions.ipynb #b8b6c7f4
 def _write_all(writes: Sequence[_Write], activation: Float[Tensor, "one token ..."], base: Tensor | None = None) -> None:
     "Put edited values in place; with `base`, what has to be added to it to reach them."
     for token, head, value in writes:
@@ -725,7 +725,12 @@ def _watches(layer: _Layer, writes: Mapping[str, list[_Write]], hidden: Tensor, 
     for name in writes:
         if name in layer.places: yield layer.places[name].watch(partial(_write_all, writes[name]))
     if "resid_mid" in writes: yield layer.places["attn_out"].watch(partial(_write_all, writes["resid_mid"], base=hidden))
-    if watch is not None: yield watch.watch(lambda activation: seen.append(activation[0].clone()))
+    if watch is not None: yield watch.watch(partial(_note, seen))
+
+def _note(seen: list[Tensor], activation: Float[Tensor, "one token ..."]) -> None:
+    "Keep the activation; what the block would compute of it is not needed."
+    seen.append(activation[0].clone())
+    raise _Enough
 
 def _run_block(layer: _Layer, frame: _Frame, hidden: Float[Tensor, "token d_model"], writes: Mapping[str, list[_Write]], batch: int,
                keys_only: bool = False, watch: _Place | None = None) -> Float[Tensor, "token ..."] | None:
@@ -736,11 +741,11 @@ def _run_block(layer: _Layer, frame: _Frame, hidden: Float[Tensor, "token d_mode
     try:
         for handle in _watches(layer, writes, hidden, watch, seen): handles.append(handle)
         with _serving([layer]): out = layer.block(hidden[None], **arguments)
-    except _Enough: return None
+    except _Enough: return seen[0] if seen else None
     finally:
         layer.frame = None
         for handle in handles: handle.remove()
-    return seen[0] if seen else (out[0] if isinstance(out, tuple) else out)[0]
+    return (out[0] if isinstance(out, tuple) else out)[0]
 
 # %% ../nbs/06_interventions.ipynb #f42ff998
 @dataclass(frozen=True)
@@ -1229,7 +1234,7 @@ def _naive_shapes(replay: Replay) -> dict[str, tuple[int, ...]]:
     seen = capture(replay.model, replay.tokens[:1], names.values())[1]
     return {c: tuple(position_first(c, seen[name]).shape[1:]) for c, name in names.items() if name in seen}
 
-# %% ../nbs/06_interventions.ipynb #2c4efb0d
+# %% ../nbs/06_interventions.ipynb #01ca6f38
 def _watch_chunk(chunk: _Chunk, component: str, layer: int, out: Tensor) -> None:
     "Write the activations of a chunk's rows in one layer to `out`, where they differ from the first run's."
     import numpy as np
@@ -1238,6 +1243,16 @@ def _watch_chunk(chunk: _Chunk, component: str, layer: int, out: Tensor) -> None
     replay = chunk.scan.replay
     if component != "resid_pre": values = _up(chunk, layer, frame, values, watch=replay.layers[layer].places[component])
     out[_index(replay, chunk.rows[frame.row]), frame.at] = values
+
+def _projected(replay: Replay, edits: Sequence[Edit], layer: int, prompts: Int[Tensor, "row"], kept: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "row pos d_model"] | None:
+    "What attention writes where nothing but heads of this layer is edited, by the output projection alone; None where more than that is edited, or follows."
+    made = replay.layers[layer]
+    if any((edit.component, edit.layer) != ("z", layer) for edit in edits) or "z" not in made.places or made.places["z"].side != "in": return None
+    project = lambda z: made.places["z"].module(z.flatten(2))
+    if not ((project(made.z[:, -1:]) - kept[:, -1:]).abs().max() <= 1e-5 * kept[:, -1].abs().max()): return None
+    z = made.z[prompts.to(kept.device)]
+    for edit in edits: z[(edit.rows, slice(None) if edit.position is None else edit.position, *([] if edit.head is None else [edit.head]))] = edit.value.to(z)
+    return project(z)
 
 def _activation(replay: Replay, edits: Iterable[Edit], component: str, layer: int, prompts: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row pos ..."]:
     "The activation of a component in each row, edits in place (position first; undefined at padding); `pattern`, `resid_mid` and `resid_post` are not offered."
@@ -1251,6 +1266,7 @@ def _activation(replay: Replay, edits: Iterable[Edit], component: str, layer: in
         return torch.stack([seen[name] for _, seen in runs])
     with torch.no_grad():
         kept = replay.kept[component] if component in replay.kept else _run_twin(replay, [component])[1][component]
+        if component == "attn_out" and (out := _projected(replay, edits, layer, prompts, kept[layer])) is not None: return out
         out = kept[layer][prompts.to(kept[layer].device)]
         scan = _Scan(replay, edits, prompts.numpy(), _plan(edits, len(prompts), replay.n_layers, replay.n_pos))
         for chunk in _chunks(scan): _watch_chunk(chunk, component, layer, out)
