@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PURPOSES', 'MEASURES', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS', 'MATCHES',
-           'NATURAL_MATCHES', 'DIET_COLUMNS', 'STRONG', 'Head', 'EXCHANGES', 'PAIRS', 'PATHS', 'SHARES', 'STAGES',
-           'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects', 'bos_token', 'copy_length',
+           'NATURAL_MATCHES', 'DIET_COLUMNS', 'STRONG', 'Head', 'EXCHANGES', 'PAIRS', 'LEAST_GAP', 'PATHS', 'SHARES',
+           'STAGES', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects', 'bos_token', 'copy_length',
            'shown_tokens', 'passages', 'stimuli', 'unrelated', 'copying', 'best_heads', 'measure', 'describe',
            'over_seeds', 'key', 'kept', 'result_frame', 'copying_families', 'copying_stage', 'moment', 'course',
            'phase_change', 'plateau', 'shipped_runs', 'course_stage', 'course_missing', 'diet_recipe', 'diets',
            'match_rows', 'match_stage', 'last_weights', 'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads',
            'matched_sets', 'ablations', 'outcomes', 'ablation_effects', 'ablation_stage', 'composition_effects',
            'composition_row', 'edge_effects', 'circuit_figure', 'composition_stage', 'patching_maps', 'patching_paths',
-           'patching_gap', 'patching_stage', 'patching_figure', 'circuit_rows', 'circuits_stage', 'heads_stage',
-           'analysis', 'attention_figure', 'brief', 'findings']
+           'patching_gap', 'telling_subjects', 'patching_stage', 'patching_figure', 'circuit_rows', 'circuits_stage',
+           'heads_stage', 'analysis', 'attention_figure', 'brief', 'findings']
 
 # %% ../../nbs/20_induction_heads.ipynb #92415a13
 @dataclass(frozen=True)
@@ -522,8 +522,8 @@ def composition_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     edges = pd.DataFrame([row for subject in shipped_subjects() for row in edge_effects(subject)])
     return kept(results), {"composition": table, "edges": edges}
 
-# %% ../../nbs/20_induction_heads.ipynb #d0459305
-EXCHANGES, PAIRS = ("first", "last"), 64
+# %% ../../nbs/20_induction_heads.ipynb #63627843
+EXCHANGES, PAIRS, LEAST_GAP = ("first", "last"), 64, 1.0
 PATHS = {"embed": "the embedding", "heads": "all heads of layer 0", "wide": "all heads of layer 0, by the MLP too,", "mlp": "the MLP of layer 0", "all": "all that layer 0 adds, heads and MLP",
          "q": "the queries of layer 1", "k": "the keys of layer 1", "v": "the values of layer 1"}
 
@@ -555,7 +555,7 @@ def patching_paths(subject: Subject, n: int = PAIRS) -> list[dict]:
         if "mlp" in senders: rows += shares({"wide": tuple(heads[0])}, through_mlps=True)
     return rows
 
-# %% ../../nbs/20_induction_heads.ipynb #c97b079e
+# %% ../../nbs/20_induction_heads.ipynb #8c340fe6
 def patching_gap(subject: Subject, exchange: str, n: int = PAIRS) -> float:
     "By how many nats the logit difference of the two prompts differs, mean over pairs."
     model = subject.open()
@@ -563,10 +563,16 @@ def patching_gap(subject: Subject, exchange: str, n: int = PAIRS) -> float:
     clean, corrupted = (task.metric(capture(model, tokens, [])[0]) for tokens in (task.clean, task.corrupted))
     return float((clean - corrupted).mean())
 
+def telling_subjects() -> list[Subject]:
+    "The shipped subjects that tell the two prompts apart, by `LEAST_GAP` nats, whichever words are exchanged."
+    return [subject for subject in shipped_subjects() if min(patching_gap(subject, exchange) for exchange in EXCHANGES) >= LEAST_GAP]
+
+# %% ../../nbs/20_induction_heads.ipynb #d06cca7f
 def patching_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "Maps and paths of every shipped subject; the gap between the prompts in them and in their untrained twins."
+    "Maps and paths of every shipped subject that tells the prompts apart; the gap between the prompts in all of them and in their untrained twins."
     import pandas as pd
-    maps, paths = (pd.DataFrame([row for subject in shipped_subjects() for row in rows_of(subject)]) for rows_of in (patching_maps, patching_paths))
+    told = telling_subjects()
+    maps, paths = (pd.DataFrame([row for subject in told for row in rows_of(subject)]) for rows_of in (patching_maps, patching_paths))
     results = {}
     for (family, exchange, direction, sender, receiver), rows in paths.groupby(["model", "exchange", "direction", "sender", "receiver"]):
         what = f"share of the difference that the path from {PATHS[sender]} to {PATHS[receiver]} carries, {exchange} words exchanged, {direction}"
@@ -596,17 +602,16 @@ def patching_figure(maps: pd.DataFrame, exchange: str = "first", direction: str 
     names = shown.drop_duplicates("pos").sort_values("pos").token
     return heatmap(means.to_numpy(), x_label="position", y_label="", colour_label="share of the difference", x_labels=[re.sub(r"\d", "", name) for name in names], y_labels=[f"{family}, layer {layer}" for family, layer in means.index], diverging=True, first_row="bottom")
 
-# %% ../../nbs/20_induction_heads.ipynb #e03e838c
+# %% ../../nbs/20_induction_heads.ipynb #8a024d15
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 
 def circuit_rows(subject: Subject, n: int = PAIRS) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
-    "One row of what a model's circuit does, its edges, and the curves of three scores; empty tables where the model does not tell the prompts apart."
+    "One row of what a model's circuit does, its edges, and the curves of three scores."
     import pandas as pd
     model = subject.open()
     task, who = copying_task(model, n), {"model": subject.family, "seed": subject.seed}
     choose, measure = halves(task)
-    try: circuit = find_circuit(model, task)
-    except InputError: return who | {"edges": 0}, pd.DataFrame(), pd.DataFrame()
+    circuit = find_circuit(model, task)
     found = evaluate_circuit(model, measure, circuit, n_subsets=5)
     row = who | {"edges": found.n_edges, "edge_share": found.n_edges / found.total, "faithfulness": found.faithfulness, "incompleteness": found.incompleteness,
                  "least_minimality": min(found.minimality.values()), "best_random": max(found.random), "best_matched": max(found.matched), "p": found.p}
@@ -618,12 +623,12 @@ def circuit_rows(subject: Subject, n: int = PAIRS) -> tuple[dict, pd.DataFrame, 
     return row, circuit.assign(**who), pd.concat(curves)
 
 def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "The circuit of every shipped subject, judged on pairs that did not choose it."
+    "The circuit of every shipped subject that tells the prompts apart, judged on pairs that did not choose it."
     import pandas as pd
-    rows, circuits, curves = zip(*map(circuit_rows, shipped_subjects()))
+    rows, circuits, curves = zip(*map(circuit_rows, telling_subjects()))
     table = pd.DataFrame(rows)
     results = {key(family, f"circuit_{name}"): seeds_result(of_family[name], unit="edges" if name == "edges" else "", how=f"{name.replace('_', ' ')} of the circuit; each seed's over {PAIRS // 2} pairs that did not choose it")
-               for family, of_family in table[table.edges > 0].groupby("model") if len(of_family) > 1 for name in table.columns.drop(["model", "seed"])}
+               for family, of_family in table.groupby("model") if len(of_family) > 1 for name in table.columns.drop(["model", "seed"])}
     return results, {"circuits": table, "circuit_edges": pd.concat(circuits), "circuit_curves": pd.concat(curves)}
 
 # %% ../../nbs/20_induction_heads.ipynb #53d8f72e
@@ -662,7 +667,7 @@ def attention_figure(name: str = "induction-2l/seed0", length: int = 20):
     heads = [divmod(int(scores[kind][0].argmax()), model.cfg.n_heads) for kind in ("previous", "induction")]
     return attention_grid(np.stack([attention.patterns[head][0].numpy() for head in heads]), [head_label(*head) for head in heads], attention.tokens[0], columns=2)
 
-# %% ../../nbs/20_induction_heads.ipynb #113a006b
+# %% ../../nbs/20_induction_heads.ipynb #ad96eb8c
 def _corpus_missing() -> str | None:
     return None if has_corpus("tinyshakespeare") else "it shows models unseen Shakespeare, and tinyshakespeare.txt is neither in MECHINTERP_DATA nor in the cache"
 
@@ -682,13 +687,13 @@ STAGES = {
     "match": Stage(match_stage, {"sequences": 256, "matches": list(MATCHES), "natural_matches": list(NATURAL_MATCHES)}, range(5), _ALL, _babyllama_missing),
     "ablation": Stage(ablation_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, _corpus_missing),
     "composition": Stage(composition_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, _corpus_missing),
-    "patching": Stage(patching_stage, {"pairs": PAIRS, "match": 3}, range(5), _files, lambda: None),
-    "circuits": Stage(circuits_stage, {"pairs": PAIRS, "shares": list(SHARES), "subsets": 5, "random": 100}, range(5), _files, lambda: None),
+    "patching": Stage(patching_stage, {"pairs": PAIRS, "match": 3, "least_gap": LEAST_GAP}, range(5), _files, lambda: None),
+    "circuits": Stage(circuits_stage, {"pairs": PAIRS, "least_gap": LEAST_GAP, "shares": list(SHARES), "subsets": 5, "random": 100}, range(5), _files, lambda: None),
     "course": Stage(course_stage, {"sequences": 48}, range(5), _OURS, course_missing),
     "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, DIET_SEEDS, _OURS, diets_missing),
 }
 
-# %% ../../nbs/20_induction_heads.ipynb #9f051d38
+# %% ../../nbs/20_induction_heads.ipynb #27dd5cb9
 def brief(result: Result) -> str:
     "Value, interval and n in brackets."
     return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
@@ -704,8 +709,8 @@ def findings(results: dict[str, Result]) -> list[str]:
          "induction_2l_plateau_match_1", "induction_2l_plateau_match_2"),
         ("The keys carry the circuit: with keys from a run without previous-token heads, the attention on the target falls from {} to {}.",
          "induction_2l_compose_intact_intact_score", "induction_2l_compose_k_previous_score"),
-        ("Shakespeare alone grows no induction head in a two-layer model: best score {}, copying advantage on real passages {} nats a character.",
-         "diet_random_0_best_induction", "diet_random_0_natural_advantage"),
+        ("Shakespeare alone grows no induction head in a six-layer model: best score {}, copying advantage on real passages {} nats a character; nor in a two-layer one, {} and {}.",
+         "shakespeare_small_best_induction", "shakespeare_small_natural_advantage", "diet_random_0_best_induction", "diet_random_0_natural_advantage"),
         ("Repeats in the training data start the heads: a fifth of random repeats from the first step on gives a best score of {}. After a warm-up of random repeats 2% are enough to keep them, {}; with none they are gone, {}.",
          "diet_random_0_2_best_induction", "diet_random_0_02_warm_best_induction", "diet_random_0_warm_best_induction"),
         ("After a warm-up and with a fifth of repeats, copying learned on random characters hardly carries over to real passages, an advantage of {} nats a character; copying learned on real passages does, {}.",

@@ -1,0 +1,28 @@
+"""The shipped models: the weights have the losses that their records claim, and transformers opens them without us."""
+import pytest
+import torch
+
+from mechinterp_lib.core import generator, home, read_json
+from mechinterp_lib.data import encode, has_corpus, load_text, split
+from mechinterp_lib.models import describe_model, list_models, load_model
+from mechinterp_lib.training import load_recipe, validation_loss, validation_rows
+
+MOST = {"shakespeare": 1.50, "shakespeare-small": 1.56}                                        # nats a character, over the last tenth of the text
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_weights_have_the_loss_of_their_record(name):
+    family, record = name.partition("/")[0], read_json(home() / "models" / name / "training.json")
+    recipe, model = load_recipe(family), load_model(name, device="cpu")
+    if recipe.corpus and not has_corpus(recipe.corpus): pytest.skip(f"{recipe.corpus} is not here")
+    tokens = split(encode(model.tokenizer, load_text(recipe.corpus)))[1] if recipe.corpus else None
+    loss = validation_loss(model.original_model, validation_rows(recipe, tokens))
+    assert abs(loss - record["validation_loss"]) < 2e-3 and loss <= MOST.get(family, float("inf"))
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if describe_model(name)["class"].endswith("LMHeadModel")])
+def test_transformers_opens_them(name):
+    from transformers import AutoModelForCausalLM
+    plain, model = AutoModelForCausalLM.from_pretrained(home() / "models" / name, dtype=torch.float64).eval(), load_model(name, device="cpu", dtype=torch.float64)
+    tokens = torch.randint(model.cfg.d_vocab, (4, model.cfg.n_ctx), generator=generator("opened"))
+    with torch.no_grad(): assert (plain(tokens).logits - model(tokens)).abs().max() < 1e-5
