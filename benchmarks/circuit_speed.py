@@ -8,7 +8,7 @@ patching_speed.py; random weights, one process, the contestants in turn, the sma
 the same number in both. The paths of the integrals differ: auto-circuit mixes each edge's two values, EAP-IG the two embeddings; ten points each. ACDC: the same distance (KL
 divergence from the whole model) and thresholds; each library goes through the edges of a layer in its own order.
 """
-import argparse, os, sys, time, types, warnings
+import argparse, itertools, os, sys, time, types, warnings
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 import pandas as pd, torch, transformer_lens
@@ -45,7 +45,8 @@ class Peer:
     def __init__(self, model, clean, corrupted, answers, wrong):
         model.set_use_attn_result(True), model.set_use_split_qkv_input(True)
         if not model.cfg.attn_only: model.set_use_hook_mlp_in(True)
-        self.library, self.cfg, self.n = auto_circuit(), model.cfg, len(clean)
+        for weight in model.parameters(): weight.requires_grad_(False)                         # as auto-circuit's own loader does: masks alone need gradients
+        self.library, self.cfg = auto_circuit(), model.cfg
         self.model = self.library.patchable(model, factorized=True, slice_output="last_seq", separate_qkv=True)
         columns = [[torch.tensor([int(token)]) for token in tokens] for tokens in (answers, wrong)]
         self.loader = self.library.loader(self.library.dataset(clean, corrupted, *columns), seq_len=clean.shape[1], diverge_idx=0, batch_size=len(clean))
@@ -99,15 +100,19 @@ def as_hooked(bridge):
 
 
 def known_cases(pairs=24):
-    "Models whose circuit is known, their heads in three arrangements: a name, the model, clean and corrupted prompts, answers, wrong answers, and the true edges."
-    for seed in range(3):
+    "Models whose circuit is known, their heads in three arrangements, without and with a little noise on the weights: a name, the model, clean and corrupted prompts, answers, wrong answers, true edges."
+    for seed, noise in itertools.product(range(3), (0, 0.01)):
+        kind = "with noise" if noise else "exact"
+        def noisy(model):
+            for weight in model.parameters(): weight.data += noise * torch.randn(weight.shape, generator=generator("noise", *weight.shape))
+            return model
         previous, decoy, induction, _ = torch.randperm(4, generator=generator("places", seed)).tolist()
         true = [("embed", f"L0H{previous}.v"), (f"L0H{previous}", f"L1H{induction}.k"), (f"L1H{induction}", "logits")]
-        yield f"induction {seed}", induction_model(previous, induction, decoy, n_heads=4), *copying_pairs(pairs, 12, generator("copying", seed))[:4], true
+        yield f"induction, {kind}", noisy(induction_model(previous, induction, decoy, n_heads=4)), *copying_pairs(pairs, 12, generator("copying", seed))[:4], true
         clean, corrupted = torch.randint(12, (2, pairs, 8), generator=generator("copier", seed))
         corrupted[:, :6], corrupted[:, 7] = clean[:, :6], clean[:, 7]
         corrupted[:, 6] = (clean[:, 6] + 1 + torch.randint(11, (pairs,), generator=generator("other", seed))) % 12
-        yield f"copier {seed}", fixed_offset_model(1, layer=seed % 2, head=previous, n_layers=2, n_heads=4), clean, corrupted, clean[:, 6], corrupted[:, 6], [("embed", f"L{seed % 2}H{previous}.v"), (f"L{seed % 2}H{previous}", "logits")]
+        yield f"copier, {kind}", noisy(fixed_offset_model(1, layer=seed % 2, head=previous, n_layers=2, n_heads=4)), clean, corrupted, clean[:, 6], corrupted[:, 6], [("embed", f"L{seed % 2}H{previous}.v"), (f"L{seed % 2}H{previous}", "logits")]
 
 
 def auroc(scores, graph, true):
@@ -130,7 +135,8 @@ def truth_rows():
     rows = []
     for name, model, clean, corrupted, answers, wrong, true in known_cases():
         theirs, graph = as_hooked(model), model_graph(model)
-        with torch.no_grad(): assert (theirs(clean) - (logits := model(clean))).abs().max() < 1e-3 * logits.abs().max()
+        with torch.no_grad(): logits, other = model(clean), theirs(clean)
+        assert (other - logits).abs().max() < 1e-3 * logits.abs().max()
         peer, metric = Peer(theirs, clean, corrupted, answers, wrong), logit_diff(model, answers, wrong)
         distance = Task("distance", clean, corrupted, kl_divergence(logits), [])
         ours = {method: lambda method=method: edge_attribution(model, clean, corrupted, method=method, metric=metric, steps=POINTS).effects for method in ("eap", "eap-ig", "exact")}
@@ -158,7 +164,7 @@ def main():
         torch.set_num_threads(1)
         truth = pd.DataFrame(truth_rows())
     print(markdown(table), "\n")
-    print(truth.groupby([truth.model.str.split().str[0], "method", "library"], sort=False)[["auroc", "seconds"]].mean().to_string(float_format="%.3g"))
+    print(truth.groupby(["model", "method", "library"], sort=False)[["auroc", "seconds"]].mean().to_string(float_format="%.3g"))
     if options.quick: return
     if not others.share < 0.05: sys.exit(f"nothing was written: other processes took {others.share:.0%} of the processors meanwhile; run it on a quiet machine")
     record = provenance({"jobs": jobs, "thresholds": list(THRESHOLDS), "points": POINTS, "shapes": {name: {**fields, "tokens": length} for name, (fields, length) in SHAPES.items()}}, [0, 1, 2], [__file__], seconds=time.monotonic() - began)

@@ -56,11 +56,11 @@ def copying_pairs(n: int, d_vocab: int, generator: torch.Generator, match: int =
     clean, corrupted = (torch.cat([first, one, b, second, two, d, third, last], 1) for one, two, last in orders)
     return clean, corrupted, b[:, 0], d[:, 0], names
 
-# %% ../nbs/07_activation_patching.ipynb #8e393e0d
+# %% ../nbs/07_activation_patching.ipynb #5aa2b281
 @dataclass(frozen=True, eq=False)
 class Metric:
     """One number for each run, in `unit`. `of(logits, prompts)` gets the logits at the positions `read` (None: all) of the tokens `vocab` (None: all), one row a run, and which prompt each row is a run of;
-    `n` is the number of prompts that it was made for (None: any). Called with logits `[batch, pos, d_vocab]`, it returns `[batch]`."""
+    `n` is the number of prompts that it was made for (None: any). Called with logits `[row, pos, d_vocab]`, runs of these `prompts` (None: of all in their order), it returns `[row]`."""
     name: str
     unit: str
     of: Callable[[Float[Tensor, "row read chosen"], Int[Tensor, "row"]], Float[Tensor, "row"]]
@@ -68,10 +68,12 @@ class Metric:
     vocab: Int[Tensor, "chosen"] | None = None
     n: int | None = None
 
-    def __call__(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch"]:
-        import torch
-        prompts, read = torch.arange(len(logits), device=logits.device), check_read(self.read, *logits.shape[:2])
-        picked = logits[prompts[:, None], torch.as_tensor(read, device=logits.device)]
+    def __call__(self, logits: Float[Tensor, "row pos d_vocab"], prompts: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row"]:
+        import numpy as np, torch
+        rows = torch.arange(len(logits), device=logits.device)
+        prompts = rows if prompts is None else prompts.to(logits.device)
+        read = check_read(np.asarray(self.read)[prompts.cpu().numpy()] if np.ndim(self.read) == 2 else self.read, *logits.shape[:2])
+        picked = logits[rows[:, None], torch.as_tensor(read, device=logits.device)]
         return self.of(picked if self.vocab is None else picked[..., self.vocab.to(logits.device)], prompts)
 
     def of_prompts(self, index: Int[Tensor, "some"]) -> Metric:
@@ -81,6 +83,7 @@ class Metric:
         read = np.asarray(self.read)[index.numpy()] if np.ndim(self.read) == 2 else self.read
         return replace(self, of=lambda logits, prompts: self.of(logits, index.to(prompts.device)[prompts]), read=read, n=len(index))
 
+# %% ../nbs/07_activation_patching.ipynb #6183e783
 def answer_ids(model: TransformerBridge, answer: str | int | Sequence | Int[Tensor, "answer"], argument: str = "answer") -> Int[Tensor, "answer"]:
     "The ids of one answer for all prompts, or of one for each; `InputError` for a text that is not exactly one token."
     import torch
@@ -676,7 +679,7 @@ def _ends(model: TransformerBridge, argument: str, names: Sequence, end: str, al
         found[label] = parts
     return found
 
-# %% ../nbs/07_activation_patching.ipynb #1991a3d6
+# %% ../nbs/07_activation_patching.ipynb #dc5b7f5e
 def sender_changes(pairs: Pairs, senders: Mapping[str, Sequence[Part]], some: Int[Tensor, "some"] | None = None) -> Float[Tensor, "sender some pos d_model"]:
     "The change of the residual stream in some of the pairs (None: in all) when a sender's output is the other run's; `embed` has no parts."
     import torch
@@ -686,10 +689,12 @@ def sender_changes(pairs: Pairs, senders: Mapping[str, Sequence[Part]], some: In
         for place in [("resid_pre", 0)] if name == "embed" else [(part.component, part.layer) for part in parts if part.head is None]: change += pairs.source(*place)[some] - pairs.base(*place)[some]
     for layer in sorted({part.layer for parts in senders.values() for part in parts if part.head is not None}):
         heads = {i: found for i, parts in enumerate(senders.values()) if (found := [part for part in parts if part.head is not None and part.layer == layer])}
-        edits = [put_part(part, torch.arange(n) + k * n, pairs.source("z", layer)[some]) for k, parts in enumerate(heads.values()) for part in parts]
+        z = pairs.source("z", layer)[some]
+        edits = [put_part(part, torch.arange(n) + k * n, z) for k, parts in enumerate(heads.values()) for part in parts]
         changes[list(heads)] += pairs.replay.activation(edits, "attn_out", layer, some.repeat(len(heads))).unflatten(0, (len(heads), n)) - pairs.base("attn_out", layer)[some]
     return changes
 
+# %% ../nbs/07_activation_patching.ipynb #42f721dd
 def mlp_reads(pairs: Pairs) -> str:
     "The stream that the MLPs read: in parallel blocks that of the attention."
     return "resid_mid" if "resid_mid" in pairs.replay.kept else "resid_pre"

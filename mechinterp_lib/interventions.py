@@ -714,7 +714,7 @@ def _writes(edits: Sequence[Edit], local: np.ndarray, where: np.ndarray, device)
         found.setdefault(edit.component, []).append((torch.from_numpy(token).to(device), head, edit.value[tuple(map(torch.from_numpy, value))].to(device)))
     return found
 
-# %% ../nbs/06_interventions.ipynb #b8b6c7f4
+# %% ../nbs/06_interventions.ipynb #5d45bcd9
 def _write_all(writes: Sequence[_Write], activation: Float[Tensor, "one token ..."], base: Tensor | None = None) -> None:
     "Put edited values in place; with `base`, what has to be added to it to reach them."
     for token, head, value in writes:
@@ -745,6 +745,7 @@ def _run_block(layer: _Layer, frame: _Frame, hidden: Float[Tensor, "token d_mode
     finally:
         layer.frame = None
         for handle in handles: handle.remove()
+    if watch is not None: raise NotImplementedError("the block ran without the activation that was asked for")
     return (out[0] if isinstance(out, tuple) else out)[0]
 
 # %% ../nbs/06_interventions.ipynb #f42ff998

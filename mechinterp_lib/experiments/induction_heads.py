@@ -567,7 +567,7 @@ def telling_subjects() -> list[Subject]:
     "The shipped subjects that tell the two prompts apart, by `LEAST_GAP` nats, whichever words are exchanged."
     return [subject for subject in shipped_subjects() if min(patching_gap(subject, exchange) for exchange in EXCHANGES) >= LEAST_GAP]
 
-# %% ../../nbs/20_induction_heads.ipynb #d06cca7f
+# %% ../../nbs/20_induction_heads.ipynb #a6caeeb9
 def patching_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Maps and paths of every shipped subject that tells the prompts apart; the gap between the prompts in all of them and in their untrained twins."
     import pandas as pd
@@ -576,10 +576,10 @@ def patching_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     results = {}
     for (family, exchange, direction, sender, receiver), rows in paths.groupby(["model", "exchange", "direction", "sender", "receiver"]):
         what = f"share of the difference that the path from {PATHS[sender]} to {PATHS[receiver]} carries, {exchange} words exchanged, {direction}"
-        results[key(family, f"path_{exchange}_{direction}_{sender}_{receiver}")] = seeds_result(rows.share, unit="", how=f"{what}; each seed's share over {PAIRS} pairs")
+        if len(rows) > 1: results[key(family, f"path_{exchange}_{direction}_{sender}_{receiver}")] = seeds_result(rows.share, unit="", how=f"{what}; each seed's share over {PAIRS} pairs")
     for (family, exchange, direction), rows in maps.groupby(["model", "exchange", "direction"]):
         for where, of_seed in _places_of(rows).items():
-            results[key(family, f"patch_{exchange}_{direction}_{where}")] = seeds_result(of_seed, unit="", how=f"share of the difference carried by the attention of {where.replace('_', ' ')}, {exchange} words exchanged, {direction}; each seed's share over {PAIRS} pairs")
+            if len(of_seed) > 1: results[key(family, f"patch_{exchange}_{direction}_{where}")] = seeds_result(of_seed, unit="", how=f"share of the difference carried by the attention of {where.replace('_', ' ')}, {exchange} words exchanged, {direction}; each seed's share over {PAIRS} pairs")
     for exchange in EXCHANGES:
         gaps: dict[str, list] = {}
         for subject in shipped_subjects() + untrained_subjects(): gaps.setdefault(subject.family, []).append(patching_gap(subject, exchange))
