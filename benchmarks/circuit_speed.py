@@ -153,7 +153,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="without the large shape; nothing is written")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    jobs = [("A", 1, 10), ("A", 8, 10), ("A", 64, 3)] + ([] if options.quick else [("B", 1, 4), ("B", 8, 2)])
+    jobs = [("A", 1, 10), ("A", 8, 5), ("A", 64, 2)] + ([] if options.quick else [("B", 1, 2)])
     table, began = [], time.monotonic()
     with Others() as others:
         for threads in (1, 2):
