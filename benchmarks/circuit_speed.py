@@ -12,11 +12,10 @@ import argparse, itertools, os, sys, time, types, warnings
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 import pandas as pd, torch, transformer_lens
-from scipy.stats import rankdata
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-from mechinterp_lib.activation_patching import Task, copying_pairs, kl_divergence, logit_diff
-from mechinterp_lib.circuits import acdc, edge_attribution, model_graph
+from mechinterp_lib.activation_patching import Scan, Task, copying_pairs, kl_divergence, logit_diff
+from mechinterp_lib.circuits import acdc, edge_attribution, edge_auroc, model_graph
 from mechinterp_lib.core import generator, provenance, save_results
 from mechinterp_lib.models import as_bridge, fixed_offset_model, induction_model
 from patching_speed import ANSWER, SHAPES, WRONG, Others, gpt2, hooked, log, markdown, prompts, race, row
@@ -116,10 +115,9 @@ def known_cases(pairs=24):
 
 
 def auroc(scores, graph, true):
-    "The area under the ROC curve of true against other edges, by the size of their scores; ties count half."
-    size, wanted = scores.abs()[graph.allowed].numpy(), graph.mask(true)[graph.allowed].numpy()
-    ranks, n = rankdata(size), wanted.sum()
-    return (ranks[wanted].sum() - n * (n + 1) / 2) / (n * (len(size) - n))
+    "The library's `edge_auroc` of a matrix of scores."
+    patched = scores.masked_fill(~graph.allowed, float("nan"))[None]
+    return edge_auroc(Scan("edge", "noise", "score", "", {"sender": list(graph.senders), "receiver": list(graph.receivers)}, patched, torch.zeros(1), torch.zeros(1)), true)
 
 
 def our_acdc(model, task, graph):

@@ -56,7 +56,7 @@ def copying_pairs(n: int, d_vocab: int, generator: torch.Generator, match: int =
     clean, corrupted = (torch.cat([first, one, b, second, two, d, third, last], 1) for one, two, last in orders)
     return clean, corrupted, b[:, 0], d[:, 0], names
 
-# %% ../nbs/07_activation_patching.ipynb #5aa2b281
+# %% ../nbs/07_activation_patching.ipynb #b1bd047b
 @dataclass(frozen=True, eq=False)
 class Metric:
     """One number for each run, in `unit`. `of(logits, prompts)` gets the logits at the positions `read` (None: all) of the tokens `vocab` (None: all), one row a run, and which prompt each row is a run of;
@@ -69,19 +69,22 @@ class Metric:
     n: int | None = None
 
     def __call__(self, logits: Float[Tensor, "row pos d_vocab"], prompts: Int[Tensor, "row"] | None = None) -> Float[Tensor, "row"]:
-        import numpy as np, torch
+        import torch
         rows = torch.arange(len(logits), device=logits.device)
         prompts = rows if prompts is None else prompts.to(logits.device)
-        read = check_read(np.asarray(self.read)[prompts.cpu().numpy()] if np.ndim(self.read) == 2 else self.read, *logits.shape[:2])
+        read = check_read(self.read_of(prompts.cpu()), *logits.shape[:2])
         picked = logits[rows[:, None], torch.as_tensor(read, device=logits.device)]
         return self.of(picked if self.vocab is None else picked[..., self.vocab.to(logits.device)], prompts)
 
+    def read_of(self, prompts: Int[Tensor, "row"]) -> Any:
+        "The positions that are read in runs of these prompts: theirs, or those that are read in all."
+        import numpy as np
+        return np.asarray(self.read)[prompts.numpy()] if np.ndim(self.read) == 2 else self.read
+
     def of_prompts(self, index: Int[Tensor, "some"]) -> Metric:
         "The metric of some of the prompts that it was made for."
-        import numpy as np
         if self.n is None: return self
-        read = np.asarray(self.read)[index.numpy()] if np.ndim(self.read) == 2 else self.read
-        return replace(self, of=lambda logits, prompts: self.of(logits, index.to(prompts.device)[prompts]), read=read, n=len(index))
+        return replace(self, of=lambda logits, prompts: self.of(logits, index.to(prompts.device)[prompts]), read=self.read_of(index), n=len(index))
 
 # %% ../nbs/07_activation_patching.ipynb #6183e783
 def answer_ids(model: TransformerBridge, answer: str | int | Sequence | Int[Tensor, "answer"], argument: str = "answer") -> Int[Tensor, "answer"]:

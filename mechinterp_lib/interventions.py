@@ -382,9 +382,9 @@ def _places(model: TransformerBridge, layer: int, made: Mapping[int, nn.Module])
         if module is not None and split is not None and side in ("in", "out"): places[component] = _Place(module, side, split)
     return places
 
-# %% ../nbs/06_interventions.ipynb #b1e6eb1f
+# %% ../nbs/06_interventions.ipynb #09ba3cce
 class _Enough(Exception):
-    "Raised inside a block when its keys and values are known and nothing else is needed."
+    "Raised inside a block when what is asked of it is known: its keys and values, or the activation at one place."
 
 @dataclass
 class _Layer:
