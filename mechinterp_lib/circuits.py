@@ -130,7 +130,7 @@ def _refuse_difference(model: TransformerBridge, ours: Tensor, theirs: Tensor) -
     error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
     if not error <= 1e-3: raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): a norm stands behind its attention or MLP")
 
-# %% ../nbs/11_circuits.ipynb #918b3995
+# %% ../nbs/11_circuits.ipynb #9ed20b5c
 class Runner:
     """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model. `memory`: bytes that the circuits of a batch may take,
     roughly; one circuit on all pairs is the least. `InputError` for a model in which a layer's attention is not the sum of its heads (a norm after it)."""
@@ -142,25 +142,48 @@ class Runner:
         import torch
         if masks.ndim != 3 or masks.shape[1:] != self.graph.allowed.shape or masks[:, ~self.graph.allowed].any(): raise InputError("masks", tuple(masks.shape), f"allowed: [circuit, sender, receiver], {tuple(self.graph.allowed.shape)} each, without edges that run backwards")
         each = (len(self.graph.senders) + 4 * self.pairs.replay.model.cfg.n_heads + 8) * self.pairs.base("resid_pre", 0).numel() * self.clean.element_size()
-        return torch.cat([_run_masks(self.pairs, self.graph, some) for some in masks.split(max(1, self.memory // each))])
+        return torch.cat([self._run(some) for some in masks.split(max(1, self.memory // each))])
+
+    def _run(self, masks: Bool[Tensor, "circuit sender receiver"]) -> Float[Tensor, "circuit pair"]:
+        "The metric of each circuit on each pair. The layers in which all circuits have all edges do as in the clean run."
+        import torch
+        layer_of = lambda parts: parts[0].layer if parts else self.pairs.replay.n_layers
+        layer = min((layer_of(parts) for parts, lacks in zip(self.graph.receivers.values(), (masks != self.graph.allowed).any(0).any(0)) if lacks), default=self.pairs.replay.n_layers)
+        below = sum(not parts or parts[0].layer < layer for parts in self.graph.senders.values())                 # senders stand in the order in which they write
+        state = _State(self.pairs, self.graph, masks, layer, self._embed if below == 1 else self._moved[:below], {})
+        return _climb(state, torch.arange(self.pairs.n).repeat(len(masks))).view(len(masks), self.pairs.n)
+
+    @cached_property
+    def _embed(self) -> Float[Tensor, "one pair pos d_model"]:
+        "How far the embedding moves from the corrupted to the clean run."
+        return sender_changes(self.pairs, {"embed": []})
+
+    @cached_property
+    def _moved(self) -> Float[Tensor, "sender pair pos d_model"]:
+        "The same for every sender."
+        return sender_changes(self.pairs, self.graph.senders)
 
     def share(self, values: Float[Tensor, "circuit pair"]) -> Float[Tensor, "circuit"]:
         "Normalised faithfulness (F(C) - F(0)) / (F(M) - F(0)), a ratio of means over pairs; `InputError` where the model does not tell the prompts apart."
         return compute_patching_effect(values.T, self.clean, self.corrupted).to(values)
 
-# %% ../nbs/11_circuits.ipynb #daf91902
+# %% ../nbs/11_circuits.ipynb #d6195149
 @dataclass(eq=False)
 class _State:
-    "Circuits on their way up: `sent[name]`, how far each sender's output has moved from the corrupted run, `[circuit x pair, pos, d_model]`."
+    "Circuits on their way up from `layer`, below which all have moved as far as in `below`: `sent[name]`, how far each other sender's output has moved from the corrupted run, `[circuit x pair, pos, d_model]`."
     pairs: Pairs
     graph: Graph
     masks: Bool[Tensor, "circuit sender receiver"]
+    layer: int
+    below: Float[Tensor, "sender pair pos d_model"] | None
     sent: dict[str, Tensor]
 
     def stream(self, component: str, layer: int, receiver: str) -> Float[Tensor, "row pos d_model"]:
         "What a receiver reads."
         import torch
-        column, total = self.masks[:, :, self.graph.reader[receiver]], self.pairs.base(component, layer).repeat(len(self.masks), 1, 1)
+        column, base = self.masks[:, :, self.graph.reader[receiver]], self.pairs.base(component, layer)
+        moved_below = (column[:, :len(self.below)].to(base) @ self.below.flatten(1)).unflatten(1, base.shape)
+        total = (base + moved_below).flatten(0, 1)
         for name, moved in self.sent.items():
             on = column[:, self.graph.sender[name]]
             if on.any(): total = torch.addcmul(total, moved, on.repeat_interleave(self.pairs.n)[:, None, None].to(moved))
@@ -168,25 +191,19 @@ class _State:
 
     def read(self, layer: int, component: str) -> list[str]:
         "The receivers of a component of one layer that an edge of some circuit reaches from a sender that has moved."
-        live = self.masks[:, [self.graph.sender[name] for name in self.sent]].any(0).any(0)
+        live = self.masks[:, [*range(len(self.below)), *(self.graph.sender[name] for name in self.sent)]].any(0).any(0)
         return [name for i, (name, parts) in enumerate(self.graph.receivers.items()) if live[i] and parts and (parts[0].layer, parts[0].component) == (layer, component)]
 
     def written(self, name: str) -> bool:
         "Whether an edge of some circuit starts at this sender."
         return bool(self.masks[:, self.graph.sender[name]].any())
 
-# %% ../nbs/11_circuits.ipynb #49e6c67f
-def _run_masks(pairs: Pairs, graph: Graph, masks: Bool[Tensor, "circuit sender receiver"]) -> Float[Tensor, "circuit pair"]:
-    "The metric of each circuit on each pair."
-    import torch
-    state = _State(pairs, graph, masks, {"embed": sender_changes(pairs, {"embed": []})[0].repeat(len(masks), 1, 1)})
-    return _climb(state, torch.arange(pairs.n).repeat(len(masks))).view(len(masks), pairs.n)
-
+# %% ../nbs/11_circuits.ipynb #794e3366
 def _climb(state: _State, prompts: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
-    "Up through the layers, and the metric at the end."
+    "Up through the other layers, and the metric at the end."
     import torch
     rows, last = torch.arange(len(prompts)), state.pairs.replay.n_layers - 1
-    for layer in range(last + 1):
+    for layer in range(state.layer, last + 1):
         state.sent |= _heads_moved(state, layer, rows, prompts)
         state.sent |= _mlp_moved(state, layer, rows, prompts)
     return state.pairs.run([Edit("resid_post", last, rows, state.stream("resid_post", last, "logits"))], prompts)
@@ -578,7 +595,7 @@ def causal_scrub(model: TransformerBridge, task: str | Task, hypothesis: Mapping
         rows.append({"what": name, "recovered": recovered, "ci_low": low[0], "ci_high": high[0], "swapped": swapped, "model": pairs.on_clean.mean().item(), "random": random.mean().item(), "n": n})
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_circuits.ipynb #0dcc628d
+# %% ../nbs/11_circuits.ipynb #5ef06090
 def _labels(hypothesis: Mapping[tuple[str, str], Sequence], graph: Graph, n: int) -> dict[tuple[str, str], list]:
     "The labels of each edge as a list of things that can be compared; `InputError` for edges or labels that do not fit."
     if not isinstance(hypothesis, Mapping) or not hypothesis: raise InputError("hypothesis", type(hypothesis).__name__, "allowed: a mapping from (sender, receiver) to labels, not empty")
@@ -598,7 +615,7 @@ def _scrubber(model: TransformerBridge, task: Task, memory: int) -> tuple[Callab
     plain = _outputs(pairs, graph)
     def scrub(donors: Tensor, named: Tensor) -> Float[Tensor, "prompt"]:
         "One scrubbed run."
-        return _climb(_Scrubbed(pairs, graph, graph.allowed[None], {}, plain, donors, named), torch.arange(pairs.n))
+        return _climb(_Scrubbed(pairs, graph, graph.allowed[None], 0, None, {}, plain, donors, named), torch.arange(pairs.n))
     return scrub, pairs, graph
 
 # %% ../nbs/11_circuits.ipynb #7c1d30f1
