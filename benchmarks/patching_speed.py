@@ -294,7 +294,7 @@ def curves(rows):
     for axis, part in table.groupby("axis", sort=False):
         for column, label in (("seconds", "seconds a scan"), ("peak_mb", "growth of the process at most (MB)")):
             if not part[column].isna().any():
-                figures[f"patching_{'time' if column == 'seconds' else 'memory'}_{axis}"] = line_plot(part, "size", column, x_label=axis, y_label=label, colour="who", markers=True, log_x=True,
+                figures[f"patching_{'time' if column == 'seconds' else 'memory'}_{axis}"] = line_plot(part, "size", column, x_label=axis, y_label=label, colour="who", markers=True, log_x=True, log_y=column == "seconds",
                     title=f"Head x position scan; otherwise {', '.join(f'{v} {k}' for k, v in BASE.items() if k != axis)}")
     return table, figures
 

@@ -123,13 +123,14 @@ def _finish(figure: Figure, axes: Axes, x_label: str, y_label: str, title: str |
     handles, labels = axes.get_legend_handles_labels()
     if labels: figure.legend(handles, labels, loc="outside lower center", ncols=min(3 if max(map(len, labels)) < 20 else 2, len(labels)))
 
-# %% ../nbs/02_plots.ipynb #00064025
+# %% ../nbs/02_plots.ipynb #032f2f33
 def line_plot(frame: pd.DataFrame, x: str, y: str, *, x_label: str, y_label: str, colour: str | None = None, low: str | None = None,
               high: str | None = None, highlight: Sequence | None = None, reference: Mapping[str, float] | None = None, log_x: bool = False,
-              markers: bool = False, title: str | None = None, height: float = 3.4) -> Figure:
+              log_y: bool = False, markers: bool = False, title: str | None = None, height: float = 3.4) -> Figure:
     "Lines of column `y` over column `x`, one for each value of `colour`, with bands from `low` to `high`; `reference` maps labels to heights."
     _check_frame(frame, {"x": x, "y": y, "low": low, "high": high}, {"colour": colour})
     if log_x and (frame[x] < 0).any(): raise InputError("x", f"{x}: smallest {frame[x].min()}", "allowed with log_x: 0 and above")
+    if log_y and not (frame[[column for column in (y, low, high) if column]] > 0).all(axis=None): raise InputError("y", f"{y}: smallest {frame[y].min()}", "allowed with log_y: above 0")
     with _style():
         figure, axes = _new_figure(height)
         for label, rows, look in _groups(frame, colour, highlight):
@@ -140,6 +141,7 @@ def line_plot(frame: pd.DataFrame, x: str, y: str, *, x_label: str, y_label: str
         positive = frame[x][frame[x] > 0]
         if log_x and len(positive) == len(frame): axes.set_xscale("log")
         elif log_x and len(positive): axes.set_xscale("symlog", linthresh=positive.min(), linscale=0.3)
+        if log_y: axes.set_yscale("log")
         axes.grid(True)
         _finish(figure, axes, x_label, y_label, title, reference)
     return _settled(figure)
