@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'capture', 'replaced', 'Edit',
-           'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read']
+           'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read', 'heads_alone']
 
 # %% ../nbs/06_interventions.ipynb #2240d37e
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
@@ -1274,3 +1274,13 @@ def _activation(replay: Replay, edits: Iterable[Edit], component: str, layer: in
     return out
 
 Replay.activation = _activation
+
+# %% ../nbs/06_interventions.ipynb #f0142f24
+def heads_alone(replay: Replay, layer: int, prompts: Iterable[int] | None = None) -> Float[Tensor, "head_and_none prompt pos d_model"]:
+    "What a layer's attention writes with each of its heads alone and, last, with none, in some of the prompts (None: all). `replay` must have kept `z`."
+    import torch
+    which = torch.arange(replay.batch) if prompts is None else torch.tensor(list(prompts))
+    z = replay.kept["z"][layer][which.to(replay.tokens.device)]
+    alone = z * torch.eye(z.shape[2] + 1, z.shape[2]).to(z)[:, None, None, :, None]
+    out = replay.activation([Edit("z", layer, torch.arange(alone[:, :, 0, 0, 0].numel()), alone.flatten(0, 1))], "attn_out", layer, which.repeat(len(alone)))
+    return out.unflatten(0, alone.shape[:2])

@@ -172,7 +172,7 @@ def interval_plot(frame: pd.DataFrame, x: str, y: str, *, low: str, high: str, x
         _finish(figure, axes, *((y_label, x_label) if flat else (x_label, y_label)), title, reference, across=not flat)
     return _settled(figure)
 
-# %% ../nbs/02_plots.ipynb #1862954b
+# %% ../nbs/02_plots.ipynb #653e2167
 def _limits(values: np.ndarray, diverging: bool, limits: tuple[float, float] | None) -> tuple[float, float]:
     "Colour limits: those given, else the data's, made symmetric if `diverging`."
     known = values[~np.isnan(values)]
@@ -185,31 +185,42 @@ def _limits(values: np.ndarray, diverging: bool, limits: tuple[float, float] | N
         raise InputError("limits", limits, "allowed: (low, high) with low < high" + (", low = -high when diverging" if diverging else ""))
     return limits
 
-def _print_cells(axes: Axes, image: Any, values: np.ndarray, cell_format: str) -> None:
-    "Write each value into its cell, black on light colours and white on dark ones."
+def _print_cells(axes: Axes, image: Any, values: np.ndarray, cell_format: str, labels: Sequence[Sequence[str]] | None) -> None:
+    "Write each value, or label, into its cell, black on light colours and white on dark ones."
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value): continue
         red, green, blue, _ = image.cmap(image.norm(value))
         ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-        axes.text(column, row, format(value, cell_format), ha="center", va="center", fontsize=8, color=ink)
+        axes.text(column, row, format(value, cell_format) if labels is None else _visible(labels[row][column]).replace("$", r"\$"), ha="center", va="center", fontsize=8, color=ink)
 
-# %% ../nbs/02_plots.ipynb #a7fe9a8e
+def _visible(token: str) -> str:
+    "A token with signs for line breaks and for blanks that stand alone."
+    return token.replace("\n", "⏎") if token.strip(" ") else "␣" * len(token)
+
+def _check_cells(cell_labels: Sequence[Sequence[str]] | None, values: np.ndarray) -> None:
+    "An `InputError` unless there is a label for each cell."
+    if cell_labels is None: return
+    shape = len(cell_labels), {len(row) for row in cell_labels}
+    if shape != (len(values), {values.shape[1]}): raise InputError("cell_labels", f"{shape[0]} rows of {sorted(shape[1])}", f"allowed: {values.shape[0]} rows of {values.shape[1]}, one for each cell")
+
+# %% ../nbs/02_plots.ipynb #737e3fa0
 def _tick_labels(axis: Any, argument: str, labels: Sequence | None, n: int, room: int) -> None:
     "Label the `n` cells along a matplotlib axis, evenly spaced: at most `room` short labels, half as many of three characters or more."
     names = list(map(str, range(n) if labels is None else labels))
     if len(names) != n: raise InputError(argument, f"{len(names)} labels", f"allowed: one for each of the {n} cells")
-    shown = [name.replace("\n", "⏎").replace("$", r"\$") if name.strip(" ") else "␣" * len(name) for name in names]
+    shown = [_visible(name).replace("$", r"\$") for name in names]
     every = -(-n // (room if max(map(len, names)) < 3 or axis.axis_name == "y" else max(1, room // 2)))
     if labels is None: every = next(step for power in itertools.count() for step in (10**power, 2 * 10**power, 5 * 10**power) if step >= every)
     axis.set_ticks(range(0, n, every), shown[::every])
     axis.set_tick_params(length=2)
 
-# %% ../nbs/02_plots.ipynb #eebadb1d
+# %% ../nbs/02_plots.ipynb #261c5db3
 def heatmap(values: Float[np.ndarray, "rows columns"], *, x_label: str, y_label: str, colour_label: str, x_labels: Sequence | None = None,
             y_labels: Sequence | None = None, diverging: bool = False, limits: tuple[float, float] | None = None, first_row: str = "top",
-            print_cells: bool | None = None, cell_format: str = ".2f", title: str | None = None, height: float | None = None) -> Figure:
-    "A map of a matrix; `first_row` is at the 'top' or the 'bottom', `print_cells=None` prints the numbers of small maps."
+            print_cells: bool | None = None, cell_format: str = ".2f", cell_labels: Sequence[Sequence[str]] | None = None, title: str | None = None, height: float | None = None) -> Figure:
+    "A map of a matrix; `first_row` is at the 'top' or the 'bottom', `print_cells=None` prints the numbers of small maps; `cell_labels` are printed in the place of numbers."
     values = _check_array("values", values, 2)
+    _check_cells(cell_labels, values)
     low, high = _limits(values, diverging, limits)
     rows, columns = values.shape
     check_choice("first_row", first_row, ["top", "bottom"])
@@ -219,7 +230,7 @@ def heatmap(values: Float[np.ndarray, "rows columns"], *, x_label: str, y_label:
                             origin="upper" if first_row == "top" else "lower")
         _tick_labels(axes.xaxis, "x_labels", x_labels, columns, 24)
         _tick_labels(axes.yaxis, "y_labels", y_labels, rows, 24)
-        if print_cells or (print_cells is None and columns <= 12 and rows <= 16): _print_cells(axes, image, values, cell_format)
+        if print_cells or cell_labels is not None or (print_cells is None and columns <= 12 and rows <= 16): _print_cells(axes, image, values, cell_format, cell_labels)
         axes.spines[:].set_visible(False)
         figure.colorbar(image, ax=axes, label=colour_label, shrink=0.9, pad=0.02).outline.set_visible(False)
         _finish(figure, axes, x_label, y_label, title)
@@ -295,7 +306,7 @@ def circuit_diagram(edges: pd.DataFrame, rows: Sequence[Sequence[str]], *, colou
         _finish(figure, axes, "", "", title)
     return _settled(figure)
 
-# %% ../nbs/02_plots.ipynb #bd224262
+# %% ../nbs/02_plots.ipynb #c43ca1bf
 def _plotly_axis(title: str, names: Sequence[str], room: int = 16) -> dict:
     "A plotly axis over cells, with at most `room` of their names."
     every = -(-len(names) // room)
@@ -303,17 +314,19 @@ def _plotly_axis(title: str, names: Sequence[str], room: int = 16) -> dict:
 
 def interactive_heatmap(values: Float[np.ndarray, "rows columns"], *, x_label: str, y_label: str, colour_label: str, x_labels: Sequence | None = None,
                         y_labels: Sequence | None = None, diverging: bool = False, limits: tuple[float, float] | None = None,
-                        height: int = 360) -> go.Figure:
-    "A plotly map of a matrix, first row at the bottom, with value and place under the pointer; `height` in pixels, as wide as the page."
+                        cell_labels: Sequence[Sequence[str]] | None = None, height: int = 360) -> go.Figure:
+    "A plotly map of a matrix, first row at the bottom, with value and place under the pointer; `cell_labels` are printed in the cells; `height` in pixels, as wide as the page."
     import plotly.graph_objects as go
     values = _check_array("values", values, 2)
+    _check_cells(cell_labels, values)
     low, high = _limits(values, diverging, limits)
     names = [list(map(str, range(n) if labels is None else labels)) for n, labels in zip(values.shape, (y_labels, x_labels))]
     for argument, n, given in zip(("y_labels", "x_labels"), values.shape, names):
         if len(given) != n: raise InputError(argument, f"{len(given)} labels", f"allowed: one for each of the {n} cells")
     place = [[f"{y_label} {row}, {x_label} {column}" for column in names[1]] for row in names[0]]
-    trace = go.Heatmap(z=values, zmin=low, zmax=high, colorscale="RdBu_r" if diverging else "Blues", text=place, hoverongaps=False,
-                       hovertemplate=f"%{{text}}<br>{colour_label} %{{z:.3g}}<extra></extra>",
+    printed = {} if cell_labels is None else {"customdata": [[_visible(label) for label in row] for row in cell_labels], "texttemplate": "%{customdata}"}
+    trace = go.Heatmap(z=values, **printed, zmin=low, zmax=high, colorscale="RdBu_r" if diverging else "Blues", text=place, hoverongaps=False,
+                       hovertemplate=f"%{{text}}{'' if cell_labels is None else ': %{customdata}'}<br>{colour_label} %{{z:.3g}}<extra></extra>",
                        colorbar={"title": {"text": colour_label, "side": "right"}, "thickness": 12})
     return go.Figure(trace, {"xaxis": _plotly_axis(x_label, names[1]), "yaxis": _plotly_axis(y_label, names[0]), "height": height, "autosize": True,
                              "font": {"color": GREY}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
