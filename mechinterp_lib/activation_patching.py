@@ -583,11 +583,12 @@ def has_component(model: TransformerBridge, component: str, layer: int = 0) -> b
     except InputError: return False
     return True
 
-# %% ../nbs/07_activation_patching.ipynb #1c8dc16d
+# %% ../nbs/07_activation_patching.ipynb #806ca68d
 def put_part(part: Part, rows: Int[Tensor, "row"], value: Float[Tensor, "row pos ..."]) -> Edit:
     "The edit that puts an activation (position first, all heads) in a part's place in some rows, at all positions."
     import torch
     if part.head is None: return Edit(part.component, part.layer, rows, value)
+    check_range("head" if part.component != "post" else "neuron", part.head, 0, value.shape[2])
     return Edit(part.component, part.layer, rows, value[:, :, part.head], head=torch.full_like(rows, part.head))
 
 # %% ../nbs/07_activation_patching.ipynb #7dbc087b
@@ -611,7 +612,7 @@ def _reference(model: TransformerBridge, inputs: Any, reference: Any) -> tuple[T
     ids, mask = token_ids(model, inputs if reference is None else reference, "inputs" if reference is None else "reference")
     return check_tokens(model, ids, mask, "inputs" if reference is None else "reference")
 
-# %% ../nbs/07_activation_patching.ipynb #be43b0c0
+# %% ../nbs/07_activation_patching.ipynb #2e693574
 def _run_ablations(model: TransformerBridge, inputs: Any, components: Sequence[str], method: str, reference: Any, metric: Any, memory: int) -> tuple[Pairs, Callable[[str, int], Tensor], list[list[str]]]:
     "One run of the prompts, what goes in the place of each component, and the names of the tokens."
     check_choice("method", method, ["zero", "mean", "resample"]), check_model(model)
@@ -640,15 +641,17 @@ def ablation_scan(model: TransformerBridge, inputs: str | Sequence[str] | Int[Te
     patched = _scanned(pairs, component, {layer: value(component, layer) for layer in layers}, positions, heads == "each", same)
     return replace(pairs.scan(component, *_named(component, layers, positions, patched, pairs.mask), (names,)), corrupted=None)
 
-def ablate_component(model: TransformerBridge, inputs: str | Sequence[str] | Int[Tensor, "batch pos"], component: str, method: str = "zero", *,
+def ablate_component(model: TransformerBridge, inputs: str | Sequence[str] | Int[Tensor, "batch pos"], component: str | Part | Sequence[str | Part], method: str = "zero", *,
                      reference: str | Sequence[str] | Int[Tensor, "other pos"] | None = None, metric: Metric | Callable | None = None, memory: int = MEMORY) -> Scan:
-    "What is lost without one part of the model, named as in `parse_component`, at all positions; a `Scan` of a single cell: `effects` is one number. Options as in `ablation_scan`."
+    "What is lost without one part of the model, or without several at once, named as in `parse_component` or given as a `Part`, at all positions; a `Scan` of a single cell: `effects` is one number. Options as in `ablation_scan`."
     import torch
-    parts = parse_component(model, component)
+    given = [component] if isinstance(component, (str, Part)) else list(component)
+    parts = [part for name in given for part in ([name] if isinstance(name, Part) else parse_component(model, name))]
+    if not parts: raise InputError("component", given, "at least one part of the model is needed")
     pairs, value, names = _run_ablations(model, inputs, sorted({part.component for part in parts}), method, reference, metric, memory)
     rows = torch.arange(pairs.n)
     patched = pairs.run([put_part(part, rows, value(part.component, part.layer)) for part in parts], rows)
-    return replace(pairs.scan(component, {}, patched, (names,)), corrupted=None)
+    return replace(pairs.scan(" + ".join(map(str, given)), {}, patched, (names,)), corrupted=None)
 
 # %% ../nbs/07_activation_patching.ipynb #a51426f2
 _END = 2**31

@@ -30,7 +30,7 @@ __all__ = ['MODES', 'NORMS', 'Layer', 'check_layers', 'sample_layers', 'depth', 
            'logit_lens', 'analyze', 'lens_measures', 'measure_convergence', 'compare_predictions', 'compare_positions',
            'temperature_sweep', 'plot_evolution', 'visualize_evolution', 'plot_probability_heatmap',
            'plot_prediction_evolution', 'lens_statistics', 'TunedLens', 'load_tuned_lens', 'fit_tuned_lens',
-           'stream_contributions', 'direct_logit_attribution']
+           'norm_gain', 'stream_contributions', 'direct_logit_attribution']
 
 # %% ../nbs/09_logit_lens.ipynb #dc1bd750
 MODES, NORMS = ("norm", "raw", "tuned"), ("final", "next")
@@ -373,20 +373,22 @@ def fit_tuned_lens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *
         for p in frozen: p.requires_grad_(True)
     return TunedLens(layers, weight.detach(), bias.detach(), lens.key)
 
-# %% ../nbs/09_logit_lens.ipynb #4919e65b
-def _frozen_norm(model: TransformerBridge, total: Float[Tensor, "batch d_model"]) -> tuple[Callable, Float[Tensor, "d_model"]]:
-    "The final norm as a linear map of parts of the stream, its scale held where `total` puts it, and its bias. Its gain is found by asking it about a vector whose entries are 1 and -1 by turns, large enough that its epsilon does not count."
+# %% ../nbs/09_logit_lens.ipynb #e1352739
+def norm_gain(model: TransformerBridge) -> Callable[[Float[Tensor, "batch d_model"]], Float[Tensor, "batch d_model"]]:
+    "The linear part of the final norm, at a scale of 1: taking off the mean, where it does so, and its gain. The gain is found by asking the norm about a vector whose entries are 1 and -1 by turns, large enough that its epsilon does not count."
     import torch
-    kind = model.cfg.normalization_type
-    if kind is None: return lambda part: part, torch.zeros_like(total[0])
-    centre = (lambda part: part - part.mean(-1, keepdim=True)) if kind.startswith("LN") else (lambda part: part)
-    signs = torch.ones_like(total[0])
+    kind, signs = model.cfg.normalization_type, torch.ones_like(model.unembed.W_U[:, 0])
+    if kind is None: return lambda part: part
     signs[1::2] = -1
-    bias = model.ln_final(torch.zeros_like(total[:1]))[0]
-    gain = (model.ln_final(1e3 * signs[None])[0] - bias) * signs
-    linear, normed = centre(total) * gain, model.ln_final(total) - bias
-    scale = (linear * normed).sum(-1, keepdim=True) / (linear * linear).sum(-1, keepdim=True)
-    return lambda part: centre(part) * gain * scale, bias
+    with torch.no_grad(): gain = (model.ln_final(1e3 * signs[None])[0] - model.ln_final(0 * signs[None])[0]) * signs
+    return lambda part: (part - part.mean(-1, keepdim=True) if kind.startswith("LN") else part) * gain
+
+def _frozen_norm(model: TransformerBridge, total: Float[Tensor, "batch d_model"]) -> tuple[Callable, Float[Tensor, "d_model"]]:
+    "The final norm as a linear map of parts of the stream, its scale held where `total` puts it, and its bias."
+    bias, linear = model.ln_final(0 * total[:1])[0], norm_gain(model)
+    whole, normed = linear(total), model.ln_final(total) - bias
+    scale = (whole * normed).sum(-1, keepdim=True) / (whole * whole).sum(-1, keepdim=True)
+    return lambda part: linear(part) * scale, bias
 
 def stream_contributions(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None = None, position: int = -1) -> tuple[dict[str, Float[Tensor, "batch d_model"]], Float[Tensor, "batch d_model"], Float[Tensor, "batch d_vocab"]]:
     "What each part adds to the stream at `position`: `embed`, heads, `layer_L_attn_bias` where attention adds a constant, `layer_L_mlp`; their sum, the last stream; and the logits there. Where a norm stands behind attention, heads cannot be told apart and `layer_L_attn` stands for all."
