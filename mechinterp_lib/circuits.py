@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['FRACTIONS', 'METHODS', 'edge_names', 'Graph', 'model_graph', 'graph_pairs', 'Runner', 'edge_attribution',
            'edge_auroc', 'top_edges', 'faithfulness_curve', 'curve_areas', 'Evaluation', 'evaluate_circuit',
-           'random_circuit', 'matched_circuit', 'acdc', 'halves', 'find_circuit', 'causal_scrub', 'draw_circuit']
+           'random_circuit', 'matched_circuit', 'acdc', 'halves', 'find_circuit', 'until_faithful', 'causal_scrub',
+           'draw_circuit']
 
 # %% ../nbs/11_circuits.ipynb #e789419c
 def edge_names(edges: Edges) -> list[tuple[str, str]]:
@@ -471,7 +472,7 @@ def _is_used(graph: Graph, mask: Bool[Tensor, "sender receiver"], r: int) -> boo
     "Whether a receiver is the logits, or an input of a node from which an edge starts."
     return not graph.receivers[list(graph.receivers)[r]] or bool(mask[graph.inputs[:, r]].any())
 
-# %% ../nbs/11_circuits.ipynb #0436fc56
+# %% ../nbs/11_circuits.ipynb #86591a56
 METHODS = ("path_patching", "exact", "eap", "eap-ig", "acdc")
 
 def halves(task: Task) -> tuple[Task, Task]:
@@ -498,13 +499,13 @@ def find_circuit(model: TransformerBridge, task: str | Task = "induction", metho
     elif method == "path_patching":
         if len(choose.clean) < 4: raise InputError("task", f"{len(choose.clean) + len(measure.clean)} pairs", "path_patching needs at least 8")
         edges = [(s, runner.graph.aliases.get(r, r)) for s, r in edge_names(find_by_paths(model, choose, threshold=threshold, memory=memory))]
-    else: edges = _until_faithful(runner, edge_attribution(model, choose.clean, choose.corrupted, method=method, metric=choose.metric, memory=memory), faithfulness)
+    else: edges = until_faithful(runner, edge_attribution(model, choose.clean, choose.corrupted, method=method, metric=choose.metric, memory=memory), faithfulness)
     exact = edge_attribution(model, measure.clean, measure.corrupted, method="exact", metric=measure.metric, memory=memory).to_frame().set_index(["sender", "receiver"])
     rows = [{"sender": s, "receiver": r, "share": 1 - row.normalized, "ci_low": 1 - row.normalized_high, "ci_high": 1 - row.normalized_low, "n": int(row.n)} for s, r in dict.fromkeys(edges) for row in [exact.loc[(s, r)]]]
     return pd.DataFrame(rows, columns=["sender", "receiver", "share", "ci_low", "ci_high", "n"])
 
-def _until_faithful(runner: Runner, scores: Scan, wanted: float) -> list[tuple[str, str]]:
-    "The best edges, as few as reach the wanted faithfulness; numbers of edges are tried in steps of about a tenth."
+def until_faithful(runner: Runner, scores: Scan, wanted: float = 0.9) -> list[tuple[str, str]]:
+    "The edges with the best scores, as few as reach the wanted faithfulness on the runner's pairs; numbers of edges are tried in steps of about a tenth."
     import torch
     if not isinstance(wanted, (int, float)) or not 0 < wanted <= 1: raise InputError("faithfulness", wanted, "allowed: above 0, at most 1")
     counts = [1]
