@@ -104,7 +104,7 @@ def model_graph(model: TransformerBridge) -> Graph:
     inputs = torch.tensor([[receiver in inputs_of[sender] for receiver in receivers] for sender in senders])
     return Graph(senders, receivers, allowed, inputs, aliases)
 
-# %% ../nbs/11_circuits.ipynb #248b840f
+# %% ../nbs/11_circuits.ipynb #d5990366
 def graph_pairs(model: TransformerBridge, task: Task, direction: str, memory: int) -> Pairs:
     "The runs of a task's prompts with all that the graph's nodes read and write; an `InputError` where the nodes do not add up to the stream."
     both = has_component(model, "mlp_out")
@@ -117,8 +117,8 @@ def _check_adds_up(pairs: Pairs) -> None:
     "An `InputError` where attention is not the sum of its heads, or the stream not that of its parts: a norm stands behind them. One prompt is looked at."
     model, stream = pairs.replay.model, pairs.base("resid_pre", 0)[0].clone()
     for layer in range(model.cfg.n_layers):
-        alone = heads_alone(pairs.replay, layer, [0])[:, 0]
-        stream += (total := (alone[:-1] - alone[-1]).sum(0) + alone[-1])
+        own, constant = heads_alone(pairs.replay, layer, [0])
+        stream += (total := own[:, 0].sum(0) + constant[0])
         if "mlp_out" in pairs.replay.kept: stream += pairs.base("mlp_out", layer)[0]
         _refuse_difference(model, total, pairs.base("attn_out", layer)[0])
     _refuse_difference(model, stream, pairs.base("resid_post", model.cfg.n_layers - 1)[0])
@@ -128,10 +128,10 @@ def _refuse_difference(model: TransformerBridge, ours: Tensor, theirs: Tensor) -
     error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
     if not error <= 1e-3: raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): a norm stands behind its attention or MLP")
 
-# %% ../nbs/11_circuits.ipynb #9ed20b5c
+# %% ../nbs/11_circuits.ipynb #8fa8c57d
 class Runner:
     """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model. `memory`: bytes that the circuits of a batch may take,
-    roughly; one circuit on all pairs is the least. `InputError` for a model in which a layer's attention is not the sum of its heads (a norm after it)."""
+    roughly; one circuit on all pairs, and what each sender writes on them once, is the least. `InputError` for a model in which a layer's attention is not the sum of its heads (a norm after it)."""
     def __init__(self, model: TransformerBridge, task: Task, memory: int = MEMORY):
         self.pairs, self.graph, self.memory = graph_pairs(model, as_task(model, task), "denoise", memory), model_graph(model), memory
         self.clean, self.corrupted, self.total = self.pairs.on_clean, self.pairs.on_corrupted, int(self.graph.allowed.sum())
@@ -513,7 +513,7 @@ def until_faithful(runner: Runner, scores: Scan, wanted: float = 0.9) -> list[tu
     shares = runner.share(runner(torch.stack([runner.graph.mask(top_edges(scores, count)) for count in counts])))
     return top_edges(scores, next((count for count, share in zip(counts, shares.tolist()) if share >= wanted - 1e-6), runner.total))
 
-# %% ../nbs/11_circuits.ipynb #b52ff85e
+# %% ../nbs/11_circuits.ipynb #8c98cc5c
 @dataclass(eq=False)
 class _Scrubbed(_State):
     "One run of all prompts in which the message over edge (sender, receiver) to prompt p is that of prompt `donors[sender, receiver, p]`; `plain` holds each sender's output in the unscrubbed run, `named` the edges of the hypothesis."
@@ -541,7 +541,7 @@ class _Scrubbed(_State):
 def _outputs(pairs: Pairs, graph: Graph) -> dict[str, Float[Tensor, "prompt pos d_model"]]:
     "What each sender adds to the stream in the plain run, up to a constant."
     found = {"embed": pairs.base("resid_pre", 0)}
-    for layer in range(pairs.replay.n_layers): found |= {head_label(layer, head): alone for head, alone in enumerate(heads_alone(pairs.replay, layer, range(pairs.n))[:-1])}
+    for layer in range(pairs.replay.n_layers): found |= {head_label(layer, head): own for head, own in enumerate(heads_alone(pairs.replay, layer, range(pairs.n))[0])}
     return found | {name: pairs.base(parts[0].component, parts[0].layer) for name, parts in graph.senders.items() if name not in found}
 
 # %% ../nbs/11_circuits.ipynb #874b513b

@@ -123,14 +123,15 @@ def _finish(figure: Figure, axes: Axes, x_label: str, y_label: str, title: str |
     handles, labels = axes.get_legend_handles_labels()
     if labels: figure.legend(handles, labels, loc="outside lower center", ncols=min(3 if max(map(len, labels)) < 20 else 2, len(labels)))
 
-# %% ../nbs/02_plots.ipynb #032f2f33
+# %% ../nbs/02_plots.ipynb #a25a70e8
 def line_plot(frame: pd.DataFrame, x: str, y: str, *, x_label: str, y_label: str, colour: str | None = None, low: str | None = None,
               high: str | None = None, highlight: Sequence | None = None, reference: Mapping[str, float] | None = None, log_x: bool = False,
               log_y: bool = False, markers: bool = False, title: str | None = None, height: float = 3.4) -> Figure:
     "Lines of column `y` over column `x`, one for each value of `colour`, with bands from `low` to `high`; `reference` maps labels to heights."
     _check_frame(frame, {"x": x, "y": y, "low": low, "high": high}, {"colour": colour})
     if log_x and (frame[x] < 0).any(): raise InputError("x", f"{x}: smallest {frame[x].min()}", "allowed with log_x: 0 and above")
-    if log_y and not (frame[[column for column in (y, low, high) if column]] > 0).all(axis=None): raise InputError("y", f"{y}: smallest {frame[y].min()}", "allowed with log_y: above 0")
+    for argument, column in (("y", y), ("low", low), ("high", high)):
+        if log_y and column and (frame[column] <= 0).any(): raise InputError(argument, f"{column}: smallest {frame[column].min()}", "allowed with log_y: above 0")
     with _style():
         figure, axes = _new_figure(height)
         for label, rows, look in _groups(frame, colour, highlight):

@@ -810,7 +810,7 @@ STAGES = {
     "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, DIET_SEEDS, _OURS, diets_missing),
 }
 
-# %% ../../nbs/20_induction_heads.ipynb #42b2a401
+# %% ../../nbs/20_induction_heads.ipynb #bb78ba31
 def brief(result: Result) -> str:
     "Value, interval and n in brackets."
     return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
@@ -828,8 +828,8 @@ def findings(results: dict[str, Result]) -> list[str]:
          "induction_2l_compose_intact_intact_score", "induction_2l_compose_k_previous_score"),
         ("Shakespeare alone grows no induction head in a six-layer model: best score {}, copying advantage on real passages {} nats a character; nor in a two-layer one, {} and {}.",
          "shakespeare_small_best_induction", "shakespeare_small_natural_advantage", "diet_random_0_best_induction", "diet_random_0_natural_advantage"),
-        ("It reads the last few characters instead: with only the last four kept its loss rises by {} nats a character, with the last eight by {}; no layer's attention carries more than {} of what the second last character changes, no head more than {}.",
-         "shakespeare_small_reach_4", "shakespeare_small_reach_8", "shakespeare_small_back_2_lower_half", "shakespeare_small_back_2_head_share"),
+        ("It reads the last few characters instead: with all but the last four cut off its loss rises by {} nats a character, with the last eight kept by {}; of what the second last character changes, the attention of the best layer carries {}, the best head {}.",
+         "shakespeare_small_cut_4", "shakespeare_small_cut_8", "shakespeare_small_back_2_denoise_lower_half", "shakespeare_small_back_2_denoise_head"),
         ("Repeats in the training data start the heads: a fifth of random repeats from the first step on gives a best score of {}. After a warm-up of random repeats 2% are enough to keep them, {}; with none they are gone, {}.",
          "diet_random_0_2_best_induction", "diet_random_0_02_warm_best_induction", "diet_random_0_warm_best_induction"),
         ("After a warm-up and with a fifth of repeats, copying learned on random characters hardly carries over to real passages, an advantage of {} nats a character; copying learned on real passages does, {}.",
