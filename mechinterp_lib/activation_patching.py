@@ -555,13 +555,17 @@ def find_important_components(results: Scan | Mapping[Any, float], threshold: fl
     frame = frame.loc[order]
     return frame[frame["share"].abs() >= threshold].head(len(frame) if top_k is None else top_k).reset_index(drop=True)
 
-# %% ../nbs/07_activation_patching.ipynb #d679053d
+# %% ../nbs/07_activation_patching.ipynb #ad20474d
 @dataclass(frozen=True)
 class Part:
-    "A component of one layer; of one head, if `head` is given."
+    "A component of one layer; of one head, if `head` is given (for `post`, of one neuron)."
     component: str
     layer: int
     head: int | None = None
+
+    def __str__(self) -> str:
+        if self.head is None: return f"layer_{self.layer} {self.component}"
+        return f"L{self.layer}N{self.head}" if self.component == "post" else head_label(self.layer, self.head) + ("" if self.component == "z" else f".{self.component}")
 
 def parse_component(model: TransformerBridge, name: str) -> list[Part]:
     "The parts that a name stands for: `layer_3` (its attention and MLP), `layer_3_attn`, `layer_3_mlp`, `layer_3_head_1` or `L3H1` (a head's output), `L3H1.q`, `.k`, `.v`. `InputError` for another form, or what the model lacks."
@@ -612,7 +616,7 @@ def _reference(model: TransformerBridge, inputs: Any, reference: Any) -> tuple[T
     ids, mask = token_ids(model, inputs if reference is None else reference, "inputs" if reference is None else "reference")
     return check_tokens(model, ids, mask, "inputs" if reference is None else "reference")
 
-# %% ../nbs/07_activation_patching.ipynb #2e693574
+# %% ../nbs/07_activation_patching.ipynb #50ab85ef
 def _run_ablations(model: TransformerBridge, inputs: Any, components: Sequence[str], method: str, reference: Any, metric: Any, memory: int) -> tuple[Pairs, Callable[[str, int], Tensor], list[list[str]]]:
     "One run of the prompts, what goes in the place of each component, and the names of the tokens."
     check_choice("method", method, ["zero", "mean", "resample"]), check_model(model)
@@ -641,13 +645,16 @@ def ablation_scan(model: TransformerBridge, inputs: str | Sequence[str] | Int[Te
     patched = _scanned(pairs, component, {layer: value(component, layer) for layer in layers}, positions, heads == "each", same)
     return replace(pairs.scan(component, *_named(component, layers, positions, patched, pairs.mask), (names,)), corrupted=None)
 
+# %% ../nbs/07_activation_patching.ipynb #6480be87
 def ablate_component(model: TransformerBridge, inputs: str | Sequence[str] | Int[Tensor, "batch pos"], component: str | Part | Sequence[str | Part], method: str = "zero", *,
                      reference: str | Sequence[str] | Int[Tensor, "other pos"] | None = None, metric: Metric | Callable | None = None, memory: int = MEMORY) -> Scan:
     "What is lost without one part of the model, or without several at once, named as in `parse_component` or given as a `Part`, at all positions; a `Scan` of a single cell: `effects` is one number. Options as in `ablation_scan`."
     import torch
+    if not isinstance(component, (str, Part, list, tuple)): raise InputError("component", component, "allowed: a name such as 'L1H3' or 'layer_2_mlp', a Part, or a list of them")
     given = [component] if isinstance(component, (str, Part)) else list(component)
     parts = [part for name in given for part in ([name] if isinstance(name, Part) else parse_component(model, name))]
     if not parts: raise InputError("component", given, "at least one part of the model is needed")
+    for part in parts: hook_name(model, part.component, part.layer)
     pairs, value, names = _run_ablations(model, inputs, sorted({part.component for part in parts}), method, reference, metric, memory)
     rows = torch.arange(pairs.n)
     patched = pairs.run([put_part(part, rows, value(part.component, part.layer)) for part in parts], rows)

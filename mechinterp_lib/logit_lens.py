@@ -59,7 +59,7 @@ def stream_name(model: TransformerBridge, layer: Layer) -> str:
     "The hook of a layer's stream."
     return hook_name(model, "resid_pre", 0) if layer == "embed" else hook_name(model, "resid_post", layer)
 
-# %% ../nbs/09_logit_lens.ipynb #94e75795
+# %% ../nbs/09_logit_lens.ipynb #698c433b
 def stream_decoder(model: TransformerBridge, mode: str = "norm", norm: str = "final", tuned: TunedLens | None = None) -> Callable[[Float[Tensor, "... d_model"], Layer], Float[Tensor, "... d_vocab"]]:
     "The function from a layer's stream to logits. `InputError` for an unknown mode, a norm with another mode than `norm`, or a tuned lens of another model."
     check_model(model), check_choice("mode", mode, MODES), check_choice("norm", norm, NORMS)
@@ -85,7 +85,7 @@ def _check_next(model: TransformerBridge, mode: str) -> None:
     import torch
     if mode != "norm": raise InputError("norm", "next", f"allowed with mode='norm' only, not with {mode!r}")
     name = "blocks.0.ln1.hook_in"
-    seen = capture(model, torch.zeros(1, 1, dtype=torch.long), [stream_name(model, "embed"), name])[1]
+    seen = capture(model, torch.arange(min(4, model.cfg.d_vocab, model.cfg.n_ctx or 4))[None], [stream_name(model, "embed"), name])[1]
     if not torch.equal(seen[name], seen[stream_name(model, "embed")]): raise InputError("norm", "next", f"the blocks of {type(model.original_model).__name__} have no norm before attention")
 
 # %% ../nbs/09_logit_lens.ipynb #7aaf144b
