@@ -307,7 +307,7 @@ def circuit_diagram(edges: pd.DataFrame, rows: Sequence[Sequence[str]], *, colou
         _finish(figure, axes, "", "", title)
     return _settled(figure)
 
-# %% ../nbs/02_plots.ipynb #c43ca1bf
+# %% ../nbs/02_plots.ipynb #20870cac
 def _plotly_axis(title: str, names: Sequence[str], room: int = 16) -> dict:
     "A plotly axis over cells, with at most `room` of their names."
     every = -(-len(names) // room)
@@ -325,9 +325,9 @@ def interactive_heatmap(values: Float[np.ndarray, "rows columns"], *, x_label: s
     for argument, n, given in zip(("y_labels", "x_labels"), values.shape, names):
         if len(given) != n: raise InputError(argument, f"{len(given)} labels", f"allowed: one for each of the {n} cells")
     place = [[f"{y_label} {row}, {x_label} {column}" for column in names[1]] for row in names[0]]
-    printed = {} if cell_labels is None else {"customdata": [[_visible(label) for label in row] for row in cell_labels], "texttemplate": "%{customdata}"}
-    trace = go.Heatmap(z=values, **printed, zmin=low, zmax=high, colorscale="RdBu_r" if diverging else "Blues", text=place, hoverongaps=False,
-                       hovertemplate=f"%{{text}}{'' if cell_labels is None else ': %{customdata}'}<br>{colour_label} %{{z:.3g}}<extra></extra>",
+    printed = {} if cell_labels is None else {"text": [[_visible(label) for label in row] for row in cell_labels], "texttemplate": "%{text}"}
+    trace = go.Heatmap(z=values, **printed, zmin=low, zmax=high, colorscale="RdBu_r" if diverging else "Blues", hovertext=place, hoverongaps=False,
+                       hovertemplate=f"%{{hovertext}}{'' if cell_labels is None else ': %{text}'}<br>{colour_label} %{{z:.3g}}<extra></extra>",
                        colorbar={"title": {"text": colour_label, "side": "right"}, "thickness": 12})
     return go.Figure(trace, {"xaxis": _plotly_axis(x_label, names[1]), "yaxis": _plotly_axis(y_label, names[0]), "height": height, "autosize": True,
                              "font": {"color": GREY}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
