@@ -18,7 +18,7 @@ _CHUNK = 2**20  # values drawn at once: 8 MiB as indices and 8 MiB as numbers
 
 # %% auto #0
 __all__ = ['N_RESAMPLES', 'ratio_of_sums_ci', 'bootstrap_ci', 'map_intervals', 'mean_result', 'wilson_interval', 'rate_result',
-           'seeds_result', 'permutation_test', 'null_p_values', 'benjamini_hochberg', 'cohens_d', 'hedges_g']
+           'seeds_result', 'permutation_test', 'null_p_values', 'benjamini_hochberg', 'auroc', 'cohens_d', 'hedges_g']
 
 # %% ../nbs/01_statistics.ipynb #8161f488
 def _finite(argument: str, values: Any, at_least: int = 2) -> Float[np.ndarray, "n"]:
@@ -157,6 +157,14 @@ def benjamini_hochberg(p_values: Float[np.ndarray, "*shape"], q: float = 0.05) -
     if not 0 < q < 1: raise InputError("q", q, "allowed: above 0 and below 1, such as 0.05")
     adjusted = stats.false_discovery_control(flat).reshape(np.shape(p_values))
     return adjusted <= q, adjusted
+
+# %% ../nbs/01_statistics.ipynb #2f248bec
+def auroc(scores: Float[np.ndarray, "n *score"], labels: Bool[np.ndarray, "n"]) -> Float[np.ndarray, "*score"]:
+    "The probability that a labelled score lies above another, for each column of scores; ties count half. `InputError` unless there are scores with a label and without."
+    from scipy.stats import rankdata
+    n, m = int(labels.sum()), int((~labels).sum())
+    if not n or not m: raise InputError("labels", f"{n} of {n + m} are true", "at least one true and one false are needed")
+    return (rankdata(scores, axis=0)[labels].sum(0) - n * (n + 1) / 2) / (n * m)
 
 # %% ../nbs/01_statistics.ipynb #12491cd6
 def cohens_d(a: Float[np.ndarray, "n_a"], b: Float[np.ndarray, "n_b"]) -> float:

@@ -666,7 +666,7 @@ def local_task(subject: Subject, model: TransformerBridge, back: int, n: int = P
     some = changed.nonzero()[:n, 0]
     return Task(f"{back} back", clean[some], corrupted[some], logit_diff(model, expected[some], instead[some]), [str(place - WINDOW) for place in range(WINDOW)]), float(changed[differs].double().mean())
 
-# %% ../../nbs/20_induction_heads.ipynb #48f00ad7
+# %% ../../nbs/20_induction_heads.ipynb #457abad8
 def local_rows(subject: Subject, back: int) -> tuple[list[dict], pd.DataFrame, pd.DataFrame]:
     "Rows (measure, value) of how a character `back` places from the end gets there; the share of each layer's attention at each position, in both directions; the curve of the edges' scores."
     import pandas as pd, torch
@@ -683,7 +683,8 @@ def local_rows(subject: Subject, back: int) -> tuple[list[dict], pd.DataFrame, p
     choose, measure = halves(task)
     scores, runner = edge_attribution(model, choose.clean, choose.corrupted, method="eap-ig", metric=choose.metric), Runner(model, measure)
     circuit = runner.graph.mask(until_faithful(Runner(model, choose), scores))
-    matched = runner.share(runner(torch.stack([matched_circuit(runner.graph, circuit, draw) for draw in [generator("local", subject.seed, back)] for _ in range(100)])))
+    draw = generator("local", subject.seed, back)
+    matched = runner.share(runner(torch.stack([matched_circuit(runner.graph, circuit, draw) for _ in range(100)])))
     share = runner.share(runner(circuit[None])).item()
     values |= {"edge_share": int(circuit.sum()) / runner.total, "faithfulness": share, "best_matched": float(matched.max()), "p": (1 + int((matched >= share).sum())) / 101}
     return [who | {"measure": name, "value": value} for name, value in values.items()], pd.DataFrame(layers), faithfulness_curve(model, measure, scores, SHARES).assign(**who)
