@@ -39,7 +39,7 @@ def one_line(capsys, *words, code=2):
     return said
 
 
-@pytest.mark.parametrize("command", [[], ["models"], ["train"], ["patch"], ["run"], ["verify"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["models"], ["train"], ["patch"], ["lens"], ["attention"], ["run"], ["verify"], ["report"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as left: cli.main([*command, "--help"])
     assert left.value.code == 0 and "usage: mechinterp" in capsys.readouterr().out
@@ -233,3 +233,25 @@ def test_patch_prints_the_largest_effects_and_saves_all(lettered, place, capsys)
 @pytest.mark.parametrize("more", [["a cat", "a ca"], ["a cat", "a r\u00e4t"], ["a cat", "a rat", "--answer", "s"], ["a cat", "a rat", "--answer", "ab", "--wrong", "c"], ["a cat", "a rat", "--component", "heads"],
                                   ["a cat", "a cat", "--answer", "s", "--wrong", "y"], ["a cat", "a rat", "--answer", "s", "--wrong", "y", "--save", "scan.pdf"], ["a cat"], ["a cat", "a rat", "--answer", "s", "--wrong", "y", "--top", "0"]])
 def test_patch_refuses_what_it_cannot_use(lettered, capsys, more): one_line(capsys, "patch", lettered, *more)
+
+
+def test_lens_prints_every_layer(lettered, place, capsys):
+    assert cli.main(["lens", str(lettered), "the cat", "--position", "2", "--top", "3", "--save", str(place / "lens.html")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[:-1]] == ["embed", "0", "1"] and said[2].startswith("    1  KL  0.000") and all(line.count("'") == 6 for line in said[:-1])
+    assert "http://" not in (place / "lens.html").read_text()[:2000]
+
+
+def test_attention_writes_a_page_that_needs_nothing(lettered, place, capsys):
+    assert cli.main(["attention", str(lettered), "the cat", "--out", str(place / "a.html"), "--layer", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 1
+    page = (place / "a.html").read_text()
+    assert "http" not in page and "src=" not in page and '["t", "h", "e", " ", "c", "a", "t"]' in page
+
+
+@pytest.mark.parametrize("words", [["lens", "MODEL", ""], ["lens", "MODEL", "a", "--position", "1"], ["lens", "MODEL", "a", "--save", "a.pdf"], ["lens", "MODEL", "a", "--top", "28"], ["lens", "MODEL", "a", "--mode", "tuned"],
+                                   ["attention", "MODEL", "a", "--out", "a.pdf"], ["attention", "MODEL", "a", "--layer", "2"], ["attention", "MODEL", "a\u00e4"], ["attention", "no-model", "a"]])
+def test_lens_and_attention_refuse(words, lettered, place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    one_line(capsys, *[lettered if word == "MODEL" else word for word in words])
+    assert not list(place.glob("a.*"))
