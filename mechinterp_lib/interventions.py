@@ -1300,18 +1300,16 @@ def _activation(replay: Replay, edits: Iterable[Edit], component: str, layer: in
 
 Replay.activation = _activation
 
-# %% ../nbs/06_interventions.ipynb #da2ddbd8
-def heads_alone(replay: Replay, layer: int, prompts: Sequence[int] | None = None, component: str = "z") -> tuple[Float[Tensor, "head prompt pos d_model"], Float[Tensor, "prompt pos d_model"]]:
-    """What each head of a layer writes, and the constant that attention adds without any, in some of the prompts (None: all); they add up to `attn_out` unless a norm stands behind them. With `component="v"`: what each would write if it attended to its own position alone, its OV circuit.
-    `InputError` for a replay that has not kept the component, or a layer or prompt that is not there."""
+# %% ../nbs/06_interventions.ipynb #8a18d162
+def heads_alone(replay: Replay, layer: int, prompts: Sequence[int] | None = None) -> tuple[Float[Tensor, "head prompt pos d_model"], Float[Tensor, "prompt pos d_model"]]:
+    "What each head of a layer writes, and the constant that attention adds without any, in some of the prompts (None: all); they add up to `attn_out` unless a norm stands behind them. `InputError` for a replay that has not kept `z`, or a layer or prompt that is not there."
     import torch
-    if check_choice("component", component, ("z", "v")) not in replay.kept: raise InputError("replay", list(replay.kept), f"it must keep {component}: Replay(..., keep=[{component!r}])")
+    if "z" not in replay.kept: raise InputError("replay", list(replay.kept), "it must keep z: Replay(..., keep=['z'])")
     check_range("layer", layer, 0, replay.n_layers)
     which = torch.tensor([check_range("prompts", prompt, 0, replay.batch) for prompt in (range(replay.batch) if prompts is None else prompts)], dtype=torch.long)
     if not len(which): raise InputError("prompts", prompts, "at least one is needed")
-    read = replay.kept[component][layer][which.to(replay.tokens.device)]
-    read = read.repeat_interleave(replay.model.cfg.n_heads // read.shape[2], dim=2)          # query heads that share a value
-    alone = read * torch.eye(read.shape[2] + 1, read.shape[2]).to(read)[:, None, None, :, None]
+    z = replay.kept["z"][layer][which.to(replay.tokens.device)]
+    alone = z * torch.eye(z.shape[2] + 1, z.shape[2]).to(z)[:, None, None, :, None]
     out = replay.activation([Edit("z", layer, torch.arange(alone[:, :, 0, 0, 0].numel()), alone.flatten(0, 1))], "attn_out", layer, which.repeat(len(alone))).unflatten(0, alone.shape[:2])
     return out[:-1] - out[-1], out[-1]
 
