@@ -334,35 +334,40 @@ def interactive_heatmap(values: Float[np.ndarray, "rows columns"], *, x_label: s
                              "font": {"color": GREY}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
                              "margin": {"l": 50, "r": 10, "t": 20, "b": 50}})
 
-# %% ../nbs/02_plots.ipynb #7fe22066
+# %% ../nbs/02_plots.ipynb #7dacc866
 _VIEW = """<div class="attention-view" id="@id@"><style>
 .attention-view{font-size:14px;line-height:1.5;color:inherit;max-width:100%}
-.attention-view .heads{display:grid;grid-template-columns:repeat(@heads@,minmax(0,1fr));gap:4px;max-width:@width@px}
-.attention-view button{border:2px solid transparent;background:none;padding:1px;color:inherit;font-size:10px;cursor:pointer;min-width:0}
+.attention-view .heads{display:grid;gap:4px;overflow-x:auto}
+.attention-view button{border:2px solid transparent;background:none;padding:1px;color:inherit;font-size:10px;cursor:pointer}
 .attention-view button[aria-pressed=true]{border-color:#e67800}
 .attention-view canvas{width:100%;aspect-ratio:1;image-rendering:pixelated;background:rgba(128,128,128,.12);display:block}
 .attention-view .text{font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin-top:8px;cursor:default}
-.attention-view .text span.reader{outline:2px solid #e67800}
-</style><div class="heads" role="group" aria-label="heads"></div><p class="said" aria-live="polite"></p><div class="text"></div>
+.attention-view .text .reader{outline:2px solid #e67800}
+</style><div class="heads" role="group" aria-label="heads" style="grid-template-columns:repeat(@heads@,minmax(44px,1fr));max-width:@width@px"></div>
+<p class="said"></p><div class="text" role="listbox" aria-label="the text; choose a token"></div>
 <script>(function(){
-const root=document.getElementById("@id@"),tokens=@tokens@,layers=@layers@,heads=@heads@,n=tokens.length;
-const bytes=Uint8Array.from(atob("@data@"),c=>c.charCodeAt(0)),at=(l,h,q,k)=>bytes[((l*heads+h)*n+q)*n+k]/255;
+const root=document.currentScript?document.currentScript.parentNode:document.getElementById("@id@"),tokens=@tokens@,layers=@layers@,heads=@heads@,n=tokens.length;
+const bytes=Uint8Array.from(atob("@data@"),c=>c.charCodeAt(0)),at=(l,h,q,k)=>(bytes[((l*heads+h)*n+q)*n+k]/255)**2;
+const text=root.querySelector(".text"),said=root.querySelector(".said"),buttons=[],shown=i=>"\\u201c"+tokens[i].replace(/\\n/g,"\\u23ce")+"\\u201d";
 let layer=@layer@,head=@head@,query=n-1;
-const text=root.querySelector(".text"),said=root.querySelector(".said"),buttons=[];
-const spans=tokens.map((token,i)=>{const s=document.createElement("span");s.textContent=token.replace(/\\n/g,"⏎\\n");s.tabIndex=0;
- for(const e of ["mouseenter","focus","click"])s.addEventListener(e,()=>{query=i;show()});text.append(s);return s});
-function show(){
- let best=0;for(let k=0;k<n;k++){const a=at(layer,head,query,k);if(a>at(layer,head,query,best))best=k;
-  spans[k].style.background=k<=query?`rgba(0,110,200,${Math.sqrt(a)*.85})`:"";spans[k].title=k<=query?a.toFixed(2):"";spans[k].className=k==query?"reader":""}
- said.textContent=`L${layer}H${head}: position ${query} attends most to position ${best} (${at(layer,head,query,best).toFixed(2)})`;
+const spans=tokens.map((token,i)=>{const s=document.createElement("span");s.textContent=token.replace(/\\n/g,"\\u23ce\\n");s.setAttribute("role","option");
+ for(const kind of ["mouseenter","click"])s.addEventListener(kind,()=>show(i,kind!="mouseenter"));text.append(s);return s});
+text.addEventListener("keydown",e=>{const step={ArrowRight:1,ArrowDown:1,ArrowLeft:-1,ArrowUp:-1}[e.key];if(!step)return;
+ e.preventDefault();show(Math.min(n-1,Math.max(0,query+step)),true);spans[query].focus()});
+function show(chosen,speak){
+ query=chosen;let best=0;
+ spans.forEach((s,k)=>{const a=at(layer,head,query,k);if(a>at(layer,head,query,best))best=k;
+  s.style.background=k<=query?`rgba(0,110,200,${Math.sqrt(a)*.85})`:"";s.title=k<=query?a.toFixed(2):"";s.className=k==query?"reader":"";s.tabIndex=k==query?0:-1;s.setAttribute("aria-selected",k==query)});
+ said.setAttribute("aria-live",speak?"polite":"off");
+ said.textContent=`L${layer}H${head}: ${shown(query)} at ${query} attends most to ${shown(best)} at ${best} (${at(layer,head,query,best).toFixed(2)})`;
  buttons.forEach(b=>b.setAttribute("aria-pressed",b.dataset.l==layer&&b.dataset.h==head))}
 for(let l=layers-1;l>=0;l--)for(let h=0;h<heads;h++){
  const b=document.createElement("button"),c=document.createElement("canvas"),x=c.getContext("2d");b.type="button";b.dataset.l=l;b.dataset.h=h;c.width=c.height=n;
- const image=x.createImageData(n,n);for(let i=0;i<n*n;i++){image.data[4*i+1]=110;image.data[4*i+2]=200;image.data[4*i+3]=255*Math.sqrt(at(l,h,0,i))}
- x.putImageData(image,0,0);b.append(c,`L${l}H${h}`);b.addEventListener("click",()=>{layer=l;head=h;show()});root.querySelector(".heads").append(b);buttons.push(b)}
-show()})()</script></div>"""
+ const image=x.createImageData(n,n);for(let i=0;i<n*n;i++){image.data[4*i+1]=110;image.data[4*i+2]=200;image.data[4*i+3]=bytes[(l*heads+h)*n*n+i]}
+ x.putImageData(image,0,0);b.append(c,`L${l}H${h}`);b.addEventListener("click",()=>{layer=l;head=h;show(query,true)});root.querySelector(".heads").append(b);buttons.push(b)}
+show(n-1,false)})()</script></div>"""
 
-# %% ../nbs/02_plots.ipynb #caa058c0
+# %% ../nbs/02_plots.ipynb #50734642
 @dataclass(frozen=True)
 class HtmlFigure:
     "A figure that answers to the pointer, as a fragment of a page that needs nothing else."
@@ -373,7 +378,7 @@ class HtmlFigure:
     def save(self, path: str | Path) -> Path:
         "Write it as a page that opens with no network, whole or not at all; the suffix is .html."
         check_choice("path", Path(path).suffix.lower(), [".html"])
-        return write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Attention</title><body style="font-family:sans-serif;margin:1em">{self.html}</body></html>\n')
+        return write_text(path, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"><title>Attention</title><body style="font-family:sans-serif;margin:1em">{self.html}</body></html>\n')
 
 def attention_view(patterns: Float[np.ndarray, "layer head query_pos key_pos"], tokens: Sequence[str], *, layer: int = 0, head: int = 0) -> HtmlFigure:
     "All heads' patterns on one text, to be read with the pointer; `layer` and `head` are chosen at first. `InputError` for weights outside 0 to 1, or as many names as there are not positions."
@@ -384,7 +389,7 @@ def attention_view(patterns: Float[np.ndarray, "layer head query_pos key_pos"], 
     if not (patterns >= 0).all() or patterns.max() > 1 + 1e-4: raise InputError("patterns", f"{np.nanmin(patterns):.3g} to {np.nanmax(patterns):.3g}", "allowed: attention from 0 to 1, without NaN")
     if patterns.size > 2**25: raise InputError("patterns", f"{patterns.size:,} weights", f"allowed: at most {2**25:,}, as all are written into the page; take a shorter text")
     check_range("layer", layer, 0, n_layers), check_range("head", head, 0, n_heads)
-    data = base64.b64encode(np.rint(patterns.clip(0, 1) * 255).astype(np.uint8).tobytes()).decode()
+    data = base64.b64encode(np.rint(np.sqrt(patterns.clip(0, 1)) * 255).astype(np.uint8).tobytes()).decode()
     names = json.dumps([str(token) for token in tokens]).replace("<", "\\u003c")
     key = hashlib.sha256(f"{names} {layer} {head} {data}".encode()).hexdigest()[:10]
     return HtmlFigure(re.sub("@(id|tokens|layers|heads|data|layer|head|width)@", lambda found: str({"id": f"attention-{key}", "tokens": names, "layers": n_layers, "heads": n_heads, "data": data, "layer": layer, "head": head, "width": 96 * n_heads}[found[1]]), _VIEW))

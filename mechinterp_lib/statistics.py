@@ -18,7 +18,8 @@ _CHUNK = 2**20  # values drawn at once: 8 MiB as indices and 8 MiB as numbers
 
 # %% auto #0
 __all__ = ['N_RESAMPLES', 'ratio_of_sums_ci', 'bootstrap_ci', 'map_intervals', 'mean_result', 'wilson_interval', 'rate_result',
-           'seeds_result', 'permutation_test', 'null_p_values', 'benjamini_hochberg', 'auroc', 'cohens_d', 'hedges_g']
+           'seeds_result', 'permutation_test', 'sign_flip_p_values', 'null_p_values', 'benjamini_hochberg', 'auroc',
+           'cohens_d', 'hedges_g']
 
 # %% ../nbs/01_statistics.ipynb #8161f488
 def _finite(argument: str, values: Any, at_least: int = 2) -> Float[np.ndarray, "n"]:
@@ -139,6 +140,19 @@ def permutation_test(a: Float[np.ndarray, "n_a"], b: Float[np.ndarray, "n_b"], n
         return a.mean(axis=axis) - b.mean(axis=axis)
     return float(stats.permutation_test((a, b), difference, permutation_type="samples" if paired else "independent", n_resamples=n,
                                         batch=max(1, _CHUNK // (len(a) + len(b))), vectorized=True, rng=np.random.default_rng(seed)).pvalue)
+
+# %% ../nbs/01_statistics.ipynb #62060d53
+def sign_flip_p_values(differences: Float[np.ndarray, "n *shape"], n_resamples: int = N_RESAMPLES, seed: int = 0) -> Float[np.ndarray, "*shape"]:
+    "One-sided p-values, for each cell, of a mean above 0 when the units' signs are exchanged at random, +1 corrected (exact where `n_resamples` exchanges cover all); the same exchanges for all cells."
+    differences = np.asarray(differences, dtype=np.float64)
+    if differences.ndim < 1 or len(differences) < 2 or not np.isfinite(differences).all(): raise InputError("differences", f"shape {differences.shape}", "allowed: [n, ...], at least 2 units, all finite")
+    if n_resamples < 1: raise InputError("n_resamples", n_resamples, "at least 1")
+    n, cells = len(differences), differences.reshape(len(differences), -1)
+    exact = n < 60 and 2**n <= n_resamples
+    signs = 1.0 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1) if exact else np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_resamples, n))
+    tolerance = 1e-12 * np.abs(cells).sum(0)
+    as_large = sum((part @ cells >= cells.sum(0) - tolerance).sum(0) for part in np.array_split(signs, max(1, signs.size * cells.shape[1] // (n * _CHUNK))))
+    return ((as_large + (not exact)) / (len(signs) + (not exact))).reshape(differences.shape[1:])
 
 # %% ../nbs/01_statistics.ipynb #ec655ea5
 def null_p_values(scores: Float[np.ndarray, "*shape"], null_scores: Float[np.ndarray, "..."]) -> Float[np.ndarray, "*shape"]:

@@ -53,7 +53,7 @@ __all__ = ['EXPERIMENT', 'FAMILIES', 'LARGE', 'TEXTS', 'ABLATED', 'METHODS', 'SE
            'stability_rows', 'stability_stage', 'kept_steps', 'role_course', 'came', 'course_stage', 'course_missing',
            'single_effects', 'control_sets', 'role_effects', 'ablation_stage']
 
-# %% ../../nbs/21_head_taxonomy.ipynb #63f3516c
+# %% ../../nbs/21_head_taxonomy.ipynb #95c689e3
 def role_tables(chosen: Sequence[Subject]) -> pd.DataFrame:
     "The tests of every head and role of these subjects."
     import pandas as pd
@@ -72,6 +72,7 @@ def share(flags: Mapping[int, Sequence[bool]], what: str) -> Result:
     one, = flags.values()
     return rate_result(int(np.sum(one)), len(one), unit="", how=f"{what}, of {len(one)} heads of one model")
 
+# %% ../../nbs/21_head_taxonomy.ipynb #29b5dfba
 def role_results(table: pd.DataFrame) -> dict[str, Result]:
     "Shares of heads with a role and without, by family; for each role the share that has it large, and the best head's score and layer."
     results = {}
@@ -95,7 +96,7 @@ def _one_role(by_seed: Mapping[int, pd.DataFrame], role: str) -> dict[str, Resul
 def roles_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Every role of every head of every subject."
     table = role_tables(subjects())
-    return role_results(table), {"roles": table.drop(columns=["p_shuffled", "p_untrained"]).round(6)} | {"role_map": plot_head_roles(table[(table.model == FAMILIES[0]) & (table.seed == 0)], LARGE)}
+    return role_results(table), {"roles": table.drop(columns=["p_shuffled", "p_untrained", "p_beside"], errors="ignore").round(6)} | {"role_map": plot_head_roles(table[(table.model == FAMILIES[0]) & (table.seed == 0)], LARGE)}
 
 # %% ../../nbs/21_head_taxonomy.ipynb #3d89221f
 def profiles(table: pd.DataFrame) -> Float[np.ndarray, "layer head role"]:
@@ -139,7 +140,7 @@ def stability_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             results[key(family, f"{name}_difference")] = over_seeds([np.array([value]) for value in means], f"mean difference in role scores between heads of two seeds, {'paired within layers' if name == 'paired' else 'layers dealt at random'}")
     return kept(results), {"stability": rows.round(6)}
 
-# %% ../../nbs/21_head_taxonomy.ipynb #bb8f9dc0
+# %% ../../nbs/21_head_taxonomy.ipynb #4a33a8c0
 def kept_steps(recipe: Recipe) -> list[int]:
     "The steps that are measured: all of the first ten, then every other."
     steps = sorted(recipe.snapshots)
@@ -156,6 +157,7 @@ def role_course(recipe: Recipe, seed: int, null: Mapping[str, np.ndarray]) -> pd
         for role, of_role in table.groupby("role", sort=False): rows.append({"model": recipe.name, "seed": seed, "step": step, "role": role, "heads": int((of_role.holds & (of_role.score >= LARGE)).sum()), "any": int(of_role.holds.sum()), "best": of_role.score.max()})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/21_head_taxonomy.ipynb #eeb9292f
 def came(of_role: pd.DataFrame) -> int | None:
     "The first kept step from which on half as many heads have the role as at the end; None where none has at the end."
     last = of_role["heads"].iloc[-1]
@@ -183,7 +185,7 @@ def course_missing() -> str | None:
     gone = [f"{recipe.name} --seed {subject.seed}" for subject in shipped_subjects(FAMILIES) if not all((run_dir(recipe := load_recipe(subject.family), subject.seed) / f"step{step:05d}.safetensors").exists() for step in kept_steps(recipe))]
     return corpus_missing() or (f"the moments of training are not shipped; mechinterp train makes them ({len(gone)} missing here, such as {gone[0]})" if gone else None)
 
-# %% ../../nbs/21_head_taxonomy.ipynb #c0a7b3ad
+# %% ../../nbs/21_head_taxonomy.ipynb #99fda237
 METHODS, SETS = ("mean", "resample"), 10
 
 def single_effects(subject: Subject, model: TransformerBridge) -> list[dict]:
@@ -198,7 +200,7 @@ def single_effects(subject: Subject, model: TransformerBridge) -> list[dict]:
 
 def control_sets(heads: Sequence[tuple[int, int]], n_heads: int, n: int, seed: int) -> list[list[tuple[int, int]]]:
     "`n` random sets of as many heads of the same layers, none of them in `heads`; empty where a layer has too few."
-    draw, sets = np.random.default_rng(seed), []
+    draw = np.random.default_rng(seed)
     others = {layer: [head for head in range(n_heads) if (layer, head) not in heads] for layer, _ in heads}
     counts = {layer: sum(at == layer for at, _ in heads) for layer in others}
     if any(len(others[layer]) < count for layer, count in counts.items()): return []
