@@ -681,7 +681,7 @@ def categorize_attention_heads(model: TransformerBridge, tokens: Int[Tensor, "ba
     scores = _role_scores(model, _role_texts(model, tokens, **options), nulls=True)
     return pd.DataFrame([row for role in ROLES for row in _role_rows(model, role, scores, null.get(role), q, options.get("seed", 0))])
 
-# %% ../nbs/08_attention_analysis.ipynb #294daa34
+# %% ../nbs/08_attention_analysis.ipynb #65885bfb
 def _role_rows(model: TransformerBridge, role: str, scores: Mapping[str, Float[Tensor, "unit layer head"]], null: Float[np.ndarray, "seed layer head"] | None, q: float, seed: int) -> list[dict]:
     "The rows of one role."
     import numpy as np
@@ -689,9 +689,9 @@ def _role_rows(model: TransformerBridge, role: str, scores: Mapping[str, Float[T
     heads = [(layer, head) for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
     rows = [{"role": role, "layer": layer, "head": head, "label": head_label(layer, head), "score": np.nan, "n": 0, "holds": False} for layer, head in heads]
     fresh = _units(scores[role], role, False) if role in scores else np.empty((0, 1, 1))
-    fresh = fresh[np.isfinite(fresh).all((1, 2))]
-    if len(fresh) < 2: return rows
-    columns = {"score": fresh.mean(0)} | dict(zip(("ci_low", "ci_high"), map_intervals(fresh, seed=seed)))
+    count = np.isfinite(fresh).sum(0)                                                        # a text may have nothing to ask a layer about
+    if count.max() < 2: return rows
+    columns = {"score": np.where(count > 1, _mean(fresh), np.nan), "n": count} | dict(zip(("ci_low", "ci_high"), map_intervals(fresh, seed=seed)))
     tested = {kind: _compared(scores.get(f"{role} {real}", scores[role]), scores[f"{role} {kind}"], role, q, seed) for kind, real in (("null", "real"), ("beside", "at")) if f"{role} {kind}" in scores}
     if all(p is not None for _, p in tested.values()):
         null = _check_null(model, role, null, q)
@@ -699,17 +699,16 @@ def _role_rows(model: TransformerBridge, role: str, scores: Mapping[str, Float[T
         columns |= {"untrained": null.mean(0), "p_untrained": null_p_values(_mean(_units(scores[role], role, True)), null)}
         columns["p"] = np.max([value for name, value in columns.items() if name.startswith("p_")], axis=0)
         columns["holds"], columns["p_adjusted"] = benjamini_hochberg(columns["p"], q)
-    return [row | {"n": len(fresh)} | {name: values[row["layer"], row["head"]].item() for name, values in columns.items()} for row in rows]
+    return [row | {name: values[row["layer"], row["head"]].item() for name, values in columns.items()} for row in rows]
 
 def _compared(real: Float[Tensor, "unit layer head"], null: Float[Tensor, "unit layer head"], role: str, q: float, seed: int) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"] | None]:
     "The null's mean, and p-values of exchange over the units of the tests; None where they are so few that no head could pass alone."
     import numpy as np
     from mechinterp_lib.statistics import sign_flip_p_values
     real, null = (_units(values, role, True) for values in (real, null))
-    there = (np.isfinite(real) & np.isfinite(null)).all((1, 2))
-    heads = real[0].size
-    if heads * 2.0 ** -there.sum() > q: return _mean(null), None
-    return null[there].mean(0), sign_flip_p_values((real - null)[there].round(6), max(10_000, int(2 * heads / q)), seed)
+    there, heads = np.isfinite(real - null), real[0].size
+    if heads * 2.0 ** -there.sum(0).max() > q: return _mean(null), None
+    return _mean(np.where(there, null, np.nan)), sign_flip_p_values(np.where(there, real - null, 0).round(6), max(10_000, int(2 * heads / q)), seed)
 
 def _check_null(model: TransformerBridge, role: str, null: Float[np.ndarray, "seed layer head"] | None, q: float) -> Float[np.ndarray, "seed layer head"]:
     "The untrained models' scores of a role; an `InputError` where there are none, or so few that no head could pass alone."

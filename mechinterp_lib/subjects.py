@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PUBLIC_FILES', 'FAMILIES', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects', 'bos_token',
-           'shown_tokens', 'passages', 'over_seeds', 'key', 'kept', 'corpus_missing', 'babyllama_missing',
+           'shown_tokens', 'passages', 'over_seeds', 'key', 'kept', 'brief', 'corpus_missing', 'babyllama_missing',
            'subject_files']
 
 # %% ../nbs/13_subjects.ipynb #b1b67215
@@ -79,7 +79,7 @@ def passages(subject: Subject, model: TransformerBridge, length: int, n: int, dr
     rows = tokens[:len(tokens) // length * length].view(-1, length)
     return rows[torch.randperm(len(rows), generator=draw)[:n]]
 
-# %% ../nbs/13_subjects.ipynb #b81095a9
+# %% ../nbs/13_subjects.ipynb #8c8108f4
 def over_seeds(per_seed: list[Float[np.ndarray, "batch"]], what: str, unit: str = "", bounds: tuple[float, float] | None = None) -> Result | None:
     "The mean over training seeds; where there is but one model, over its sequences, and None if it has but one number."
     if len(per_seed) > 1: result = seeds_result([values.mean() for values in per_seed], unit=unit, how=f"{what}; mean over seeds" + (f", each a mean over {len(per_seed[0])} sequences" if len(per_seed[0]) > 1 else ""))
@@ -95,6 +95,10 @@ def key(family: str, name: str) -> str:
 def kept(results: dict[str, Result | None]) -> dict[str, Result]:
     "The results that there are."
     return {name: result for name, result in results.items() if result is not None}
+
+def brief(result: Result) -> str:
+    "Value, interval and n in brackets."
+    return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
 
 # %% ../nbs/13_subjects.ipynb #3e57446a
 def corpus_missing() -> str | None:
