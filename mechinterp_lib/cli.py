@@ -124,7 +124,7 @@ def _verify_stage(name: str, stage: str, work: Stage, record: Mapping, stored: M
     print(f"{name}/{stage}: {done} numbers recomputed, {len(lines)} differences", *lines, sep="\n  ")
     return done, len(lines)
 
-# %% ../nbs/30_cli.ipynb #d0f640f5
+# %% ../nbs/30_cli.ipynb #1feba716
 def _verify(name: str) -> tuple[int, int, int, list[str]]:
     "Verify the stages of an experiment: numbers recomputed, numbers stored, differences, and why others were not recomputed."
     stored, stages, work = load_results(name), _stored_stages(name), _experiment(name).STAGES
@@ -145,7 +145,7 @@ def _verify(name: str) -> tuple[int, int, int, list[str]]:
 
 def cmd_verify(args: argparse.Namespace) -> int:
     "Make the numbers of an experiment again and compare them with the stored ones."
-    names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment else EXPERIMENTS
+    names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
     done, stored, wrong, reasons = zip(*map(_verify, names))
     if not sum(done):
         raise InputError("experiment", args.experiment or "all", f"none of {sum(stored)} numbers could be recomputed: {'; '.join(sum(reasons, [])) or 'no results are stored'}")
@@ -200,7 +200,7 @@ def _looking(add: Callable) -> None:
     attention.add_argument("--layer", type=int, default=0, help="the head that is shown first")
     attention.add_argument("--head", type=int, default=0)
 
-# %% ../nbs/30_cli.ipynb #d21f4ab1
+# %% ../nbs/30_cli.ipynb #8801f2aa
 def parser() -> argparse.ArgumentParser:
     "The argument parser of `mechinterp`."
     top = _Parser(prog="mechinterp", description="Research into how small transformers compute: its models, experiments and numbers.")
@@ -221,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     run = add("run", cmd_run)
     run.add_argument("experiment", help=", ".join(EXPERIMENTS))
     run.add_argument("--stage", action="append", help="only this stage (may be given several times)")
-    add("verify", cmd_verify).add_argument("experiment", nargs="?", help="default: all")
+    add("verify", cmd_verify).add_argument("experiment", nargs="?", help="default: all that have results")
     add("report", cmd_report)
     return top
 

@@ -334,7 +334,7 @@ def interactive_heatmap(values: Float[np.ndarray, "rows columns"], *, x_label: s
                              "font": {"color": GREY}, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
                              "margin": {"l": 50, "r": 10, "t": 20, "b": 50}})
 
-# %% ../nbs/02_plots.ipynb #7dacc866
+# %% ../nbs/02_plots.ipynb #3e9fa260
 _VIEW = """<div class="attention-view" id="@id@"><style>
 .attention-view{font-size:14px;line-height:1.5;color:inherit;max-width:100%}
 .attention-view .heads{display:grid;gap:4px;overflow-x:auto}
@@ -344,7 +344,7 @@ _VIEW = """<div class="attention-view" id="@id@"><style>
 .attention-view .text{font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere;margin-top:8px;cursor:default}
 .attention-view .text .reader{outline:2px solid #e67800}
 </style><div class="heads" role="group" aria-label="heads" style="grid-template-columns:repeat(@heads@,minmax(44px,1fr));max-width:@width@px"></div>
-<p class="said"></p><div class="text" role="listbox" aria-label="the text; choose a token"></div>
+<p>A small map a head: its rows are the tokens that read, its columns those that are read. Choose one; then point at a token of the text, or tap it.</p><p class="said"></p><div class="text" role="listbox" aria-label="the text; choose a token"></div>
 <script>(function(){
 const root=document.currentScript?document.currentScript.parentNode:document.getElementById("@id@"),tokens=@tokens@,layers=@layers@,heads=@heads@,n=tokens.length;
 const bytes=Uint8Array.from(atob("@data@"),c=>c.charCodeAt(0)),at=(l,h,q,k)=>(bytes[((l*heads+h)*n+q)*n+k]/255)**2;
@@ -367,12 +367,13 @@ for(let l=layers-1;l>=0;l--)for(let h=0;h<heads;h++){
  x.putImageData(image,0,0);b.append(c,`L${l}H${h}`);b.addEventListener("click",()=>{layer=l;head=h;show(query,true)});root.querySelector(".heads").append(b);buttons.push(b)}
 show(n-1,false)})()</script></div>"""
 
-# %% ../nbs/02_plots.ipynb #50734642
-@dataclass(frozen=True)
+# %% ../nbs/02_plots.ipynb #721240bd
+@dataclass(frozen=True, repr=False)
 class HtmlFigure:
     "A figure that answers to the pointer, as a fragment of a page that needs nothing else."
     html: str
 
+    def __repr__(self) -> str: return f"HtmlFigure of {len(self.html):,} characters; save(path) writes a page"
     def _repr_html_(self) -> str: return self.html
 
     def save(self, path: str | Path) -> Path:
