@@ -674,10 +674,10 @@ def untrained_roles(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], 
             if role in scores: found[role].append(_mean(scores[role].double().numpy()[::2 if role in ("successor", "positional") else 1]))
     return {role: np.stack(values) for role, values in found.items()}
 
-# %% ../nbs/08_attention_analysis.ipynb #e3e4e8f8
+# %% ../nbs/08_attention_analysis.ipynb #84f8a0fb
 def categorize_attention_heads(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *, q: float = 0.05, untrained: Mapping[str, Float[np.ndarray, "seed layer head"]] | None = None, **options) -> pd.DataFrame:
     """One row a role and head. `score`, `ci_low`, `ci_high`, `n`: its score on the second half of the texts `tokens` (of whose rows a multiple of four is used), 95% bootstrap interval over texts, repeats or members of a series. `holds`: whether it beats untrained models, the shuffle and the place beside, at false discovery rate `q`, on
-    the first half: `p` is the largest of `p_untrained`, `p_shuffled` and `p_beside` (NaN where a role has no such null), `p_adjusted` is over the heads; `untrained`, `shuffled` and `beside` are the null means. What the texts do not show (no delimiter, no series) has no score; what they show too seldom for any head to pass has no p-value, and a warning names it; neither
+    the first half: `p` is the largest of `p_untrained`, `p_shuffled` and `p_beside` (NaN where a role has no such null), `p_adjusted` is over the heads; `untrained`, `shuffled` and `beside` are the null means. `chosen` is the score on the first half, by which to pick a head whose `score` is to be reported. What the texts do not show (no delimiter, no series) has no score; what they show too seldom for any head to pass has no p-value, and a warning names it; neither
     holds. 64 rows of 128 tokens are enough for all roles, and take a minute or two. This is significance, not size. `untrained` holds the null scores of `untrained_roles`. Options: `n` (5, local), `match` (4, tokens of n-gram induction), `top_k` (5, copying), `delimiters`, `series`, `length` (of repeats), `bos`, `low`, `distinct` (of their tokens), `seed`, `chunk` (16)."""
     import pandas as pd
     for name in options: check_choice("options", name, _OPTIONS)
@@ -690,7 +690,7 @@ def categorize_attention_heads(model: TransformerBridge, tokens: Int[Tensor, "ba
     if len(untested): warnings.warn(f"too few texts to test {', '.join(untested)}: {len(tokens)} rows; 64 test all that stands in them", stacklevel=2)
     return table
 
-# %% ../nbs/08_attention_analysis.ipynb #65885bfb
+# %% ../nbs/08_attention_analysis.ipynb #e69cd247
 def _role_rows(model: TransformerBridge, role: str, scores: Mapping[str, Float[Tensor, "unit layer head"]], null: Float[np.ndarray, "seed layer head"] | None, q: float, seed: int) -> list[dict]:
     "The rows of one role."
     import numpy as np
@@ -700,7 +700,7 @@ def _role_rows(model: TransformerBridge, role: str, scores: Mapping[str, Float[T
     fresh = _units(scores[role], role, False) if role in scores else np.empty((0, 1, 1))
     count = np.isfinite(fresh).sum(0)                                                        # a text may have nothing to ask a layer about
     if count.max() < 2: return rows
-    columns = {"score": np.where(count > 1, _mean(fresh), np.nan), "n": count} | dict(zip(("ci_low", "ci_high"), map_intervals(fresh, seed=seed)))
+    columns = {"score": np.where(count > 1, _mean(fresh), np.nan), "n": count, "chosen": _mean(_units(scores[role], role, True))} | dict(zip(("ci_low", "ci_high"), map_intervals(fresh, seed=seed)))
     tested = {kind: _compared(scores.get(f"{role} {real}", scores[role]), scores[f"{role} {kind}"], role, q, seed) for kind, real in (("null", "real"), ("beside", "at")) if f"{role} {kind}" in scores}
     if all(p is not None for _, p in tested.values()):
         null = _check_null(model, role, null, q)

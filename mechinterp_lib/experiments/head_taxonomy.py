@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['EXPERIMENT', 'FAMILIES', 'LARGE', 'TEXTS', 'ABLATED', 'METHODS', 'SETS', 'WHAT', 'STAGES', 'subjects', 'texts',
-           'options', 'role_tables', 'share', 'role_results', 'roles_stage', 'profiles', 'paired_difference',
-           'dealt_difference', 'stability_stage', 'kept_steps', 'role_course', 'came', 'course_stage', 'course_missing',
-           'single_effects', 'matched_sets', 'role_effects', 'ablation_stage', 'findings']
+__all__ = ['EXPERIMENT', 'FAMILIES', 'LARGE', 'TEXTS', 'ABLATED', 'PAIRINGS', 'METHODS', 'SETS', 'WHAT', 'STAGES', 'subjects',
+           'texts', 'options', 'role_tables', 'share', 'role_results', 'roles_stage', 'profiles', 'paired_difference',
+           'dealt_difference', 'permuted_difference', 'stability_stage', 'kept_steps', 'role_course', 'came',
+           'course_stage', 'course_missing', 'single_effects', 'matched_sets', 'role_effects', 'ablation_stage',
+           'findings']
 
 # %% ../../nbs/21_head_taxonomy.ipynb #4477ef82
 EXPERIMENT, FAMILIES, LARGE, TEXTS, ABLATED = "head_taxonomy", ("shakespeare-small", "shakespeare"), 0.3, 128, 64
@@ -73,7 +74,7 @@ def share(flags: Mapping[int, Sequence[bool]], what: str) -> Result:
     one, = flags.values()
     return rate_result(int(np.sum(one)), len(one), unit="", how=f"{what}, of {len(one)} heads of one model")
 
-# %% ../../nbs/21_head_taxonomy.ipynb #ecab19ff
+# %% ../../nbs/21_head_taxonomy.ipynb #1bbc4d0e
 def role_results(table: pd.DataFrame) -> dict[str, Result]:
     "Shares of heads with a role and without, by family; for each role the share that has it large, and the best head's score and layer."
     results = {}
@@ -88,10 +89,10 @@ def role_results(table: pd.DataFrame) -> dict[str, Result]:
 def _one_role(by_seed: Mapping[int, pd.DataFrame], role: str) -> dict[str, Result | None]:
     "Of one role: the share of heads, and the score and layer of the head with the largest score."
     if min(rows.score.notna().sum() for rows in by_seed.values()) == 0: return {}
-    best = [rows.loc[rows.score.idxmax()] for rows in by_seed.values()]
-    one = best[0]
-    score = over_seeds([np.array([row.score]) for row in best], f"{role} score of the best head") if len(best) > 1 else Result(one.score, one.ci_low, one.ci_high, int(one.n), 1, "", f"{role} score of the best head of one model, mean over texts")
-    return {"heads": share({seed: rows.large for seed, rows in by_seed.items()}, f"heads with role {role}, score at least {LARGE}"), "best": score,
+    best = [rows.loc[rows.chosen.where(rows.score.notna()).idxmax()] for rows in by_seed.values()]
+    one, tested = best[0], "p" in best[0] and all(rows.p.notna().any() for rows in by_seed.values())
+    score = over_seeds([np.array([row.score]) for row in best], f"{role} score of the best head, chosen on other texts", bounds=(0.0, 1.0)) if len(best) > 1 else Result(one.score, one.ci_low, one.ci_high, int(one.n), 1, "", f"{role} score of the best head of one model, chosen on other texts, mean over texts")
+    return {"heads": share({seed: rows.large for seed, rows in by_seed.items()}, f"heads with role {role}, score at least {LARGE}") if tested else None, "best": score,
             "layer": over_seeds([np.array([float(row.layer)]) for row in best], f"layer of the head with the largest {role} score", "", (0.0, float(by_seed[min(by_seed)].layer.max())))}
 
 def roles_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
@@ -119,7 +120,15 @@ def dealt_difference(one: Float[np.ndarray, "layer head role"], two: Float[np.nd
     draw, flat = np.random.default_rng(seed), two.reshape(-1, two.shape[-1])
     return np.mean([paired_difference(one, flat[draw.permutation(len(flat))].reshape(two.shape)) for _ in range(n)], axis=0)
 
-# %% ../../nbs/21_head_taxonomy.ipynb #558f7686
+# %% ../../nbs/21_head_taxonomy.ipynb #787b1a1b
+def permuted_difference(one: Float[np.ndarray, "layer head role"], two: Float[np.ndarray, "layer head role"], n: int = 200, seed: int = 0) -> Float[np.ndarray, "layer head"]:
+    "The same with each role's scores put in random order among the heads of a layer of the second, mean of `n` draws: layers that are alike, and no heads."
+    draw = np.random.default_rng(seed)
+    return np.mean([paired_difference(one, draw.permuted(two, axis=1)) for _ in range(n)], axis=0)
+
+PAIRINGS = {"paired": (paired_difference, "paired within layers"), "permuted": (permuted_difference, "paired within layers after each role's scores were put in random order among the heads of a layer"), "dealt": (dealt_difference, "paired after the heads were dealt to layers at random")}
+
+# %% ../../nbs/21_head_taxonomy.ipynb #d6b85f40
 def stability_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How alike the heads of different seeds are, from the stored roles: each seed's mean over the others, or for two seeds the mean over their heads."
     import pandas as pd
@@ -127,11 +136,11 @@ def stability_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     for family, of_family in load_table(EXPERIMENT, "roles").groupby("model", sort=False):
         of_seed = {seed: profiles(table) for seed, table in of_family.groupby("seed")}
         if len(of_seed) < 2: continue
-        for name, difference in (("paired", paired_difference), ("dealt", dealt_difference)):
+        for name, (difference, what) in PAIRINGS.items():
             found = {(one, two): difference(of_seed[one], of_seed[two]) for one, two in itertools.combinations(of_seed, 2)}
             rows += [{"model": family, "one": one, "two": two, "how": name, "difference": value.mean()} for (one, two), value in found.items()]
             values = [np.array([np.mean([value.mean() for pair, value in found.items() if seed in pair])]) for seed in of_seed] if len(of_seed) > 2 else [value.ravel() for value in found.values()]
-            results[key(family, f"{name}_difference")] = over_seeds(values, f"difference in role scores between heads of two seeds, {'paired within layers' if name == 'paired' else 'layers dealt at random'}; mean over roles and heads")
+            results[key(family, f"{name}_difference")] = over_seeds(values, f"difference in role scores between heads of two seeds, {what}; mean over roles and heads")
     return kept(results), {"stability": pd.DataFrame(rows).round(6)}
 
 # %% ../../nbs/21_head_taxonomy.ipynb #4a33a8c0
@@ -251,18 +260,16 @@ STAGES = {
     "ablation": Stage(ablation_stage, {"texts": ABLATED, "sets": SETS, "methods": list(METHODS)}, range(5), _ALL, babyllama_missing),
 }
 
-# %% ../../nbs/21_head_taxonomy.ipynb #ffd0f79b
+# %% ../../nbs/21_head_taxonomy.ipynb #b6236fb1
 def findings(results: dict[str, Result]) -> list[str]:
     "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
     sentences = [
-        ("Of the heads of a six-layer Shakespeare model a share of {} has some role beyond chance, {} one of size; by place and in the neighbourhood, nearly all: the best local head scores {}, the best previous-token head {}.",
-         "shakespeare_small_any_role", "shakespeare_small_large_role", "shakespeare_small_local_best", "shakespeare_small_previous_best"),
-        ("The roles of larger models are not there: best scores for induction {}, duplicate tokens {}, n-gram induction {}, successors {}.",
+        ("Of the heads of `shakespeare-small`, six layers of characters, a share of {} passes for at least one of twelve roles, {} for a large one; nearly all of these go by place or look at the last few characters: the best positional head scores {}, the best local one {}, the best previous-token head {}.",
+         "shakespeare_small_any_role", "shakespeare_small_large_role", "shakespeare_small_positional_best", "shakespeare_small_local_best", "shakespeare_small_previous_best"),
+        ("Roles that are known from larger models are not there: best scores for induction {}, duplicate tokens {}, n-gram induction {}, successors {}.",
          "shakespeare_small_induction_best", "shakespeare_small_duplicate_best", "shakespeare_small_ngram_induction_best", "shakespeare_small_successor_best"),
-        ("Another seed grows the same heads: paired within layers, two heads differ by {} in their scores; with layers dealt at random by {}.",
-         "shakespeare_small_paired_difference", "shakespeare_small_dealt_difference"),
-        ("They come in an order: for a moment up to {} heads copy; half of the heads that go by place alone are there by step {}, half of those that read the last few characters by step {}.",
-         "shakespeare_small_copying_most", "shakespeare_small_positional_came", "shakespeare_small_local_came"),
-        ("In BabyLlama-105 previous-token heads matter: mean ablation of all of them adds {} nats a character, that of as many others of their layers {}.",
-         "babyllama_105_previous_mean_change", "babyllama_105_previous_mean_control")]
+        ("Another seed grows like layers, and like heads in them: paired within layers, heads differ by {} in their scores; by {} with scores put in random order among the heads of a layer, by {} with layers dealt at random.",
+         "shakespeare_small_paired_difference", "shakespeare_small_permuted_difference", "shakespeare_small_dealt_difference"),
+        ("Roles come in an order: in the first steps up to {} of 36 heads copy; half of the heads that go by place alone are there by step {}, half of those that read the last few characters by step {}.",
+         "shakespeare_small_copying_most", "shakespeare_small_positional_came", "shakespeare_small_local_came")]
     return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
