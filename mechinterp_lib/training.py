@@ -26,7 +26,7 @@ __all__ = ['ALPHABET', 'SNAPSHOTS', 'Recipe', 'gpt2', 'recipes', 'load_recipe', 
            'validation_loss', 'training_step', 'run_dir', 'steps_done', 'load_weights', 'snapshots', 'model_dir',
            'train']
 
-# %% ../nbs/05_training.ipynb #0347d7cd
+# %% ../nbs/05_training.ipynb #b75e0c6f
 @dataclass(frozen=True)
 class Recipe:
     "What is trained, on what, and how; lengths in tokens, durations in optimiser steps, learning rates per step."
@@ -49,10 +49,11 @@ class Recipe:
     min_period: int = 8
     max_period: int = 64
     snapshots: tuple[int, ...] = ()             # steps at which the weights are kept, to look at the course of training
+    patience: int | None = None                 # stop after so many steps without a lower validation loss; None: never
 
     def __post_init__(self): _check_recipe(self)
 
-# %% ../nbs/05_training.ipynb #93f3a63e
+# %% ../nbs/05_training.ipynb #36ef5a56
 def _check_recipe(recipe: Recipe) -> None:
     "`InputError` for the first value of `recipe` that is of the wrong kind or out of range."
     def check(name, good, allowed):
@@ -67,12 +68,13 @@ def _check_recipe(recipe: Recipe) -> None:
     for name in ("min_lr", "weight_decay"): check(name, lambda value: number(value) and value >= 0, "a number, at least 0")
     check("betas", lambda pair: isinstance(pair, tuple) and len(pair) == 2 and all(number(b) and 0 <= b < 1 for b in pair), "two numbers from 0 to below 1")
     check("snapshots", lambda steps: isinstance(steps, tuple) and all(map(whole(0), steps)), "steps, that is integers of at least 0")
+    check("patience", lambda value: value is None or whole(1)(value), "an integer, at least 1, or nothing")
     check("corpus", lambda corpus: corpus is None or isinstance(corpus, str) and corpus, "a corpus by name or path, or nothing")
     check_choice("repeat_kind", recipe.repeat_kind, ["random", "natural"])
     check("repeat_fraction", lambda share: number(share) and 0 <= share <= 1, "0 to 1")
     check("architecture", lambda fields: isinstance(fields, dict), "an object such as {\"class\": \"GPT2LMHeadModel\", ...}")
 
-# %% ../nbs/05_training.ipynb #2d493c15
+# %% ../nbs/05_training.ipynb #77f140dd
 ALPHABET = "\n !$&',-.3:;?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"   # the 65 characters of tinyshakespeare
 SNAPSHOTS = (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 750, *range(1000, 5001, 250))
 
@@ -85,7 +87,7 @@ def recipes() -> dict[str, Recipe]:
     "The recipes that this project ships, by name."
     two_layer = {"class": "attention_only", "d_vocab": 65, "n_ctx": 128, "d_model": 128, "n_layers": 2, "n_heads": 4, "d_head": 32}
     return {recipe.name: recipe for recipe in (
-        Recipe("shakespeare", gpt2(6, 6, 384, dropout=0.2), snapshots=SNAPSHOTS),
+        Recipe("shakespeare", gpt2(6, 6, 384, dropout=0.2), snapshots=SNAPSHOTS, patience=1000),
         Recipe("shakespeare-small", gpt2(6, 6, 192), snapshots=SNAPSHOTS),
         Recipe("shakespeare-induction", gpt2(2, 4, 128, dropout=0.0), batch_size=32, repeat_fraction=0.2, repeat_kind="natural", warmup_repeats=500,
                snapshots=SNAPSHOTS),
@@ -218,11 +220,12 @@ def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: In
     optimizer.step()
     return loss.detach()
 
-# %% ../nbs/05_training.ipynb #ec0be9fd
+# %% ../nbs/05_training.ipynb #c155ff3d
 def run_dir(recipe: Recipe, seed: int) -> Path:
     "Where the run of `recipe` with `seed` keeps its checkpoint and snapshots; another text, even at the same path, makes it another run."
     own_text = [] if recipe.corpus is None or recipe.corpus in CORPORA else [sha256(corpus_path(recipe.corpus))]
-    key = seed_for(json.dumps(asdict(recipe), sort_keys=True), *own_text)
+    values = {name: value for name, value in asdict(recipe).items() if value is not None or name != "patience"}   # runs from before there was patience keep their folder
+    key = seed_for(json.dumps(values, sort_keys=True), *own_text)
     return cache_dir("training", f"{recipe.name}-{key % 16**8:08x}", f"seed{seed}")
 
 def _save_checkpoint(path: Path, run: _Run) -> None:
@@ -282,7 +285,7 @@ def snapshots(recipe: Recipe, seed: int) -> Iterator[tuple[int, nn.Module]]:
         path = run_dir(recipe, seed) / f"step{step:05d}.safetensors"
         if path.exists(): yield step, load_weights(path, new_model(recipe.architecture, seed)).eval()
 
-# %% ../nbs/05_training.ipynb #19c9bb75
+# %% ../nbs/05_training.ipynb #d60599b5
 @dataclass
 class _Run:
     "A training in progress."
@@ -310,6 +313,13 @@ class _Run:
         self.losses.append(loss.item())
         self.step += 1
         self.seconds += time.monotonic() - began
+
+    @property
+    def finished(self) -> bool:
+        "Whether all steps are done, or the last `patience` of them brought no lower validation loss."
+        if not self.log or self.recipe.patience is None: return self.step == self.recipe.steps
+        best = min(self.log, key=lambda entry: entry["validation_loss"])
+        return self.step == self.recipe.steps or self.log[-1]["step"] - best["step"] >= self.recipe.patience
 
     def snapshot(self) -> None:
         if self.step in self.recipe.snapshots: _save_weights(self.folder / f"step{self.step:05d}.safetensors", self.module)
@@ -354,7 +364,7 @@ def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
     save_model(module, tokenizer, out, training=record)
     return record
 
-# %% ../nbs/05_training.ipynb #ad3941f1
+# %% ../nbs/05_training.ipynb #5bfbe5ae
 def model_dir(recipe: Recipe, seed: int) -> Path:
     "Where the finished model of a run goes unless another folder is named: `models/NAME/seedN`."
     return home() / "models" / recipe.name / f"seed{seed}"
@@ -369,15 +379,15 @@ def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: s
     began, first = time.monotonic(), run.step
     if run.step and progress is not False: print(f"going on from step {run.step} of {recipe.steps}", flush=True)
     with tqdm(total=recipe.steps, initial=run.step, unit="step", disable=None if progress is None else not progress, desc=f"{recipe.name}/seed{seed}") as bar:
-        while run.step < goal:
+        while run.step < goal and not run.finished:
             run.advance()
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
                 entry = run.evaluate()
                 if bar.disable and progress is not False: print(json.dumps(entry), flush=True)
-            if run.step % checkpoint_every == 0 or run.step == goal: _save_checkpoint(run.folder / "checkpoint.pt", run)
+            if run.step % checkpoint_every == 0 or run.step == goal or run.finished: _save_checkpoint(run.folder / "checkpoint.pt", run)
             if run.step % 10 == 0:
                 speed = (run.step - first) * recipe.batch_size * recipe.n_ctx / (time.monotonic() - began)
                 bar.set_postfix(loss=f"{run.losses[-1] if run.losses else entry['train_loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
             bar.update()
     run.snapshot()
-    return _finish(run, tokenizer, folder) if run.step == recipe.steps else None
+    return _finish(run, tokenizer, folder) if run.finished else None

@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_take_the_model_is_found_before_the_training(tmp_pa
 def test_names_of_runs(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("MECHINTERP_HOME", str(tmp_path))
     assert {name: run_dir(recipe, 0).relative_to(cache / "training").as_posix() for name, recipe in recipes().items()} == {
-        "shakespeare": "shakespeare-8953f626/seed0", "shakespeare-small": "shakespeare-small-f9b54ba6/seed0",
+        "shakespeare": "shakespeare-a4bc911a/seed0", "shakespeare-small": "shakespeare-small-f9b54ba6/seed0",
         "shakespeare-induction": "shakespeare-induction-213de7d5/seed0", "induction-2l": "induction-2l-72b62e2e/seed0"}
     assert model_dir(TOY, 3) == tmp_path / "models" / "toy" / "seed3"
     own = replace(TOY, corpus=str(tmp_path / "own.txt"))
