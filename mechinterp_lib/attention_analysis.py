@@ -35,7 +35,7 @@ __all__ = ['DELIMITERS', 'ROLES', 'Attention', 'extract_attention', 'mean_diagon
            'ov_outputs', 'copying_scores', 'copy_suppression_scores', 'ordinal_series', 'successor_scores',
            'untrained_roles', 'categorize_attention_heads', 'head_roles', 'find_attention_patterns',
            'compute_attention_stats', 'visualize_attention_head', 'visualize_all_heads', 'plot_attention_head',
-           'plot_all_heads', 'plot_head_roles']
+           'plot_all_heads', 'plot_attention', 'plot_head_roles']
 
 # %% ../nbs/08_attention_analysis.ipynb #e5c92036
 def _check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
@@ -793,22 +793,23 @@ def visualize_all_heads(attention: Attention, sequence: int = 0) -> Figure:
     labels = [head_label(*at) for at in itertools.product(*map(range, patterns.shape[:2]))]
     return attention_grid(patterns.reshape(-1, *patterns.shape[2:]), labels, tokens, columns=patterns.shape[1])
 
-# %% ../nbs/08_attention_analysis.ipynb #6c28ed29
+# %% ../nbs/08_attention_analysis.ipynb #3dd3518a
 def plot_attention_head(model: TransformerBridge, text: str | Int[Tensor, "one pos"], layer: int, head: int, save_path: str | Path | None = None) -> HtmlFigure:
     "One text whose tokens are shaded by what the token under the pointer attends to in this head; the other heads can be chosen. `save_path`: .html (opens offline), or .svg or .png for a map."
-    return _plot(extract_attention(model, text), save_path, lambda attention: visualize_attention_head(attention, layer, head), layer=layer, head=head)
+    return plot_attention(extract_attention(model, text), save_path, layer, head)
 
 def plot_all_heads(model: TransformerBridge, text: str | Int[Tensor, "one pos"], save_path: str | Path | None = None) -> HtmlFigure:
     "Maps of all heads on one text, and the text, shaded by what the token under the pointer attends to in the head that is chosen. `save_path`: .html (opens offline), or .svg or .png for the maps."
-    return _plot(extract_attention(model, text), save_path, visualize_all_heads)
+    return plot_attention(extract_attention(model, text), save_path)
 
-def _plot(attention: Attention, save_path: str | Path | None, still: Callable[[Attention], Figure], **chosen) -> HtmlFigure:
-    "The page; written to `save_path`, or the still figure to a picture."
-    from mechinterp_lib.plots import attention_view, save_figure
+def plot_attention(attention: Attention, save_path: str | Path | None = None, layer: int | None = None, head: int | None = None) -> HtmlFigure:
+    "The same of patterns that are at hand: of one head, or, where neither `layer` nor `head` is given, of all. `InputError` for more than one sequence, a head that is not there, or another suffix."
+    from mechinterp_lib.plots import attention_view, check_suffix, save_figure
     if len(attention.tokens) != 1: raise InputError("text", f"{len(attention.tokens)} sequences", "allowed: one")
-    if save_path is not None: check_choice("save_path", Path(save_path).suffix.lower(), (".html", ".svg", ".png"))
+    chosen = {} if layer is head is None else {"layer": layer or 0, "head": head or 0}
+    kind = None if save_path is None else check_suffix("save_path", save_path)
     view = attention_view(*_of_sequence(attention, 0), **chosen)
-    if save_path is not None: view.save(save_path) if Path(save_path).suffix.lower() == ".html" else save_figure(still(attention), save_path)
+    if kind: save_figure(view if kind == ".html" else visualize_attention_head(attention, **chosen) if chosen else visualize_all_heads(attention), save_path)
     return view
 
 # %% ../nbs/08_attention_analysis.ipynb #2eb1b257

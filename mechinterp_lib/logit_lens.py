@@ -259,7 +259,7 @@ def temperature_sweep(lens: Lens, temperatures: Sequence[float] = (0.25, 0.5, 1.
             rows.append({"layer": layer, "temperature": t, "entropy": -(cooled.exp() * cooled).nansum(-1).mean().item(), "largest": cooled.max(-1).values.exp().mean().item(), "n": real.shape[1]})
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_logit_lens.ipynb #51ce0e61
+# %% ../nbs/09_logit_lens.ipynb #ea6eb0b1
 def _map_of(lens: Lens, prompt: int) -> tuple[list[list[str]], Any, list[str]]:
     "Best tokens and their probabilities, one row a layer, and the tokens of the prompt at the positions that are no padding."
     import numpy as np
@@ -270,15 +270,12 @@ def _map_of(lens: Lens, prompt: int) -> tuple[list[list[str]], Any, list[str]]:
 
 def plot_evolution(predictions: Lens, save_path: str | Path | None = None, *, prompt: int = 0, interactive: bool = True) -> go.Figure | Figure:
     "The map of best tokens; interactive, or still. With `save_path` it is also written: .html opens with no network, .svg and .png are still."
-    from mechinterp_lib.plots import heatmap, interactive_heatmap, save_figure
+    from mechinterp_lib.plots import check_suffix, heatmap, interactive_heatmap, save_figure
     tokens, values, names = _map_of(predictions, prompt)
     options = {"x_label": "after", "y_label": "layer", "colour_label": "probability", "x_labels": names, "y_labels": predictions.layers, "limits": (0, 1), "cell_labels": tokens}
-    if save_path is not None:
-        kind = check_choice("save_path", Path(save_path).suffix.lower(), [".html", ".svg", ".png"])
-        if kind == ".html":
-            with atomic_path(save_path) as temporary: temporary.write_text(interactive_heatmap(values, **options).to_html(include_plotlyjs=True), encoding="utf-8")
-        else: save_figure(heatmap(values, first_row="bottom", **options), save_path)
-    return interactive_heatmap(values, **options) if interactive else heatmap(values, first_row="bottom", **options)
+    draw = lambda interactive: interactive_heatmap(values, **options) if interactive else heatmap(values, first_row="bottom", **options)
+    if save_path is not None: save_figure(draw(check_suffix("save_path", save_path) == ".html"), save_path)
+    return draw(interactive)
 
 def visualize_evolution(model: TransformerBridge, text: str, save_path: str | Path | None = None, *, interactive: bool = True, **options) -> go.Figure | Figure:
     "The map of a text, all positions; options of `logit_lens`."
