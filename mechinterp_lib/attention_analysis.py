@@ -91,9 +91,9 @@ def extract_attention(model: TransformerBridge, inputs: str | Sequence[str] | In
     found = _stream(model, ids, len(ids), lambda pattern, rows: {"pattern": pattern})["pattern"]
     return Attention(found.permute(1, 2, 0, 3, 4), names)
 
-# %% ../nbs/08_attention_analysis.ipynb #25eb2e8c
+# %% ../nbs/08_attention_analysis.ipynb #b53afc2c
 def mean_diagonal(pattern: Float[Tensor, "*batch query_pos key_pos"], offset: int, queries: slice | None = None) -> Float[Tensor, "*batch"]:
-    "Mean of `pattern[q, q - offset]` over the query positions in `queries`; by default all that have such a key."
+    "Mean of `pattern[q, q - offset]` over the query positions in `queries`; by default all that have such a key. `InputError` where there is none."
     import torch
     n = pattern.shape[-1]
     offset = check_range("offset", offset, 0, n)
@@ -106,46 +106,46 @@ def _second_copy(pattern: Float[Tensor, "*batch query_pos key_pos"], length: int
     _check_repeats(pattern[..., 0].reshape(-1, pattern.shape[-2]), length, bos)
     return slice(length + bool(bos), None)
 
-# %% ../nbs/08_attention_analysis.ipynb #d578c0e2
+# %% ../nbs/08_attention_analysis.ipynb #28c9d276
 def current_token_scores(pattern: Float[Tensor, "*batch query_pos key_pos"]) -> Float[Tensor, "*batch"]:
-    "Mean attention from each position after the first to itself."
+    "Mean attention from each position after the first to itself. `InputError` for a single position."
     return mean_diagonal(pattern, 0, slice(1, None))
 
 def previous_token_scores(pattern: Float[Tensor, "*batch query_pos key_pos"]) -> Float[Tensor, "*batch"]:
-    "Mean attention from each position after the first to the one before it (Elhage et al. 2021)."
+    "Mean attention from each position after the first to the one before it (Elhage et al. 2021). `InputError` for a single position."
     return mean_diagonal(pattern, 1)
 
 def first_token_scores(pattern: Float[Tensor, "*batch query_pos key_pos"]) -> Float[Tensor, "*batch"]:
-    "Mean attention from each position after the first to position 0."
+    "Mean attention from each position after the first to position 0. `InputError` for a single position."
     if pattern.shape[-1] < 2: raise InputError("pattern", tuple(pattern.shape), "at least 2 positions are needed")
     return pattern[..., 1:, 0].mean(-1)
 
 def duplicate_token_scores(pattern: Float[Tensor, "*batch query_pos key_pos"], length: int, bos: bool = False) -> Float[Tensor, "*batch"]:
-    "Mean attention from the second copy of `length` tokens to the same token in the first (Wang et al. 2023)."
+    "Mean attention from the second copy of `length` tokens to the same token in the first (Wang et al. 2023). `InputError` unless there are two copies of `length`, after a begin token if `bos`."
     return mean_diagonal(pattern, length, _second_copy(pattern, length, bos))
 
 def induction_scores(pattern: Float[Tensor, "*batch query_pos key_pos"], length: int, bos: bool = False) -> Float[Tensor, "*batch"]:
-    "Mean attention from the second copy of `length` tokens to the token after the same token in the first (prefix matching, Olsson et al. 2022)."
+    "Mean attention from the second copy of `length` tokens to the token after the same token in the first (prefix matching, Olsson et al. 2022). `InputError` unless there are two copies of `length`, after a begin token if `bos`."
     return mean_diagonal(pattern, length - 1, _second_copy(pattern, length, bos))
 
-# %% ../nbs/08_attention_analysis.ipynb #d6850628
+# %% ../nbs/08_attention_analysis.ipynb #d0aa2ca7
 def diagonal_scores(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], offset: int, queries: slice | None = None,
                     chunk: int = 32) -> Float[Tensor, "batch layer head"]:
-    "Mean attention to key = query - offset over the query positions in `queries`, for each sequence and head."
+    "Mean attention to key = query - offset over the query positions in `queries`, for each sequence and head. `InputError` where a query has no such key."
     return _stream(model, tokens, chunk, lambda pattern, rows: {"score": mean_diagonal(pattern, offset, queries)})["score"]
 
 def head_scores(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], length: int, bos: bool = False,
                 chunk: int = 32) -> dict[str, Float[Tensor, "batch layer head"]]:
-    "The scores `current`, `previous`, `first`, `duplicate` and `induction` on sequences `[r, r]` with r of `length` tokens, after a begin token if `bos`."
+    "The scores `current`, `previous`, `first`, `duplicate` and `induction` on sequences `[r, r]` with r of `length` tokens, after a begin token if `bos`. `InputError` for sequences of another length."
     _check_repeats(_check_tokens(model, tokens), length, bos)
     def read(pattern, rows):
         return {"current": current_token_scores(pattern), "previous": previous_token_scores(pattern), "first": first_token_scores(pattern),
                 "duplicate": duplicate_token_scores(pattern, length, bos), "induction": induction_scores(pattern, length, bos)}
     return _stream(model, tokens, chunk, read)
 
-# %% ../nbs/08_attention_analysis.ipynb #da056ac7
+# %% ../nbs/08_attention_analysis.ipynb #e3af42b4
 def position_losses(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], chunk: int = 32) -> Float[Tensor, "batch pos-1"]:
-    "Loss in nats of the prediction made at each position but the last; entry `i` is the loss of token `i + 1`."
+    "Loss in nats of the prediction made at each position but the last; entry `i` is the loss of token `i + 1`. `InputError` for a single position."
     return _predictions(model, tokens, chunk)["loss"]
 
 def _predictions(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], chunk: int) -> dict[str, Float[Tensor, "batch pos-1"]]:
@@ -158,17 +158,17 @@ def _predictions(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], chu
         return {"loss": F.cross_entropy(logits.transpose(1, 2), targets[rows], reduction="none"), "hit": (logits.argmax(-1) == targets[rows]).float()}
     return _stream(model, tokens, chunk, read_logits=read)
 
-# %% ../nbs/08_attention_analysis.ipynb #30b21d08
+# %% ../nbs/08_attention_analysis.ipynb #fd4ea0e6
 def copy_metrics(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], length: int, bos: bool = False, chunk: int = 32) -> dict[str, Float[Tensor, "batch"]]:
-    "`first_loss`, `second_loss` (nats), `first_accuracy`, `second_accuracy` (0 to 1) of each sequence: means over tokens 2 to `length` of either copy."
+    "`first_loss`, `second_loss` (nats), `first_accuracy`, `second_accuracy` (0 to 1) of each sequence: means over tokens 2 to `length` of either copy. `InputError` for sequences that are not two copies long."
     _check_repeats(_check_tokens(model, tokens), length, bos)
     found, start = _predictions(model, tokens, chunk), int(bool(bos))
     copies = {"first": slice(start, start + length - 1), "second": slice(start + length, start + 2 * length - 1)}
     return {f"{copy}_{name}": found[key][:, where].mean(1) for name, key in (("loss", "loss"), ("accuracy", "hit")) for copy, where in copies.items()}
 
-# %% ../nbs/08_attention_analysis.ipynb #6b421f49
+# %% ../nbs/08_attention_analysis.ipynb #af493bee
 def in_context_score(losses: Float[Tensor, "batch pos"], early: int | slice, late: int | slice) -> Float[Tensor, "batch"]:
-    "Loss at `late` minus loss at `early` for each sequence, in nats (Olsson et al. 2022); a slice means the mean over its positions."
+    "Loss at `late` minus loss at `early` for each sequence, in nats (Olsson et al. 2022); a slice means the mean over its positions. `InputError` for positions that are not there."
     if losses.ndim != 2: raise InputError("losses", f"shape {tuple(losses.shape)}", "allowed: [batch, pos], as position_losses returns them")
     def at(name: str, where: int | slice) -> Float[Tensor, "batch"]:
         "The loss at a position, or its mean over some."
@@ -215,10 +215,10 @@ def _match_candidates(batch: int, m: int, n_ctx: int, low: int, d_vocab: int, ge
     if bos is not None: tokens[:, 0] = bos
     return tokens, start[:, 0] + m, extra[:, 0] + 1
 
-# %% ../nbs/08_attention_analysis.ipynb #2f1334e7
+# %% ../nbs/08_attention_analysis.ipynb #7a545bd7
 def match_sequences(batch: int, m: int, n_ctx: int, d_vocab: int, generator: torch.Generator, distractor: bool = False, low: int = 0,
                     bos: int | None = None) -> Matches:
-    "`batch` sequences of `n_ctx` tokens from `low .. d_vocab - 1` (the first is `bos`, if given) whose last `m` tokens, and no more, occurred once before."
+    "`batch` sequences of `n_ctx` tokens from `low .. d_vocab - 1` (the first is `bos`, if given) whose last `m` tokens, and no more, occurred once before. `InputError` where there is no room for such, or they are too rare."
     import torch
     check_range("m", m, 1, max(2, (n_ctx - 2) // 2 + 1)); check_range("batch", batch, 1, 2**31)
     if n_ctx < 4 + distractor or d_vocab - low < 4:
@@ -236,11 +236,11 @@ def match_sequences(batch: int, m: int, n_ctx: int, d_vocab: int, generator: tor
             return Matches(*(parts if distractor else parts[:3]))
     raise InputError("m, n_ctx, d_vocab", (m, n_ctx, d_vocab), "such sequences are too rare; take a longer context or a larger vocabulary")
 
-# %% ../nbs/08_attention_analysis.ipynb #1eb7e94f
+# %% ../nbs/08_attention_analysis.ipynb #c3bca270
 def copying_by_match_length(model: TransformerBridge, lengths: Iterable[int], *, n_ctx: int | None = None, d_vocab: int | None = None, batch: int = 64,
                             seed: int = 0, distractor: bool = False, low: int = 0, bos: int | None = None, chunk: int = 32) -> dict[int, dict[str, Tensor]]:
     """By match length: `probability` of B and `accuracy` (`[batch]`), `attention` to B's place (`[batch, layer, head]`), and with a distractor
-    `distractor_probability` and `distractor_attention`. `n_ctx` is at most 64 by default; `d_vocab` is the model's."""
+    `distractor_probability` and `distractor_attention`. `n_ctx` is at most 64 by default; `d_vocab` is the model's. `InputError` as in `match_sequences`."""
     n_ctx, d_vocab = n_ctx or min(64, model.cfg.n_ctx), d_vocab or model.cfg.d_vocab
     made = {m: match_sequences(batch, m, n_ctx, d_vocab, generator("match", seed, m, distractor), distractor, low, bos) for m in lengths}
     return {m: _match_scores(model, matches, chunk) for m, matches in made.items()}
@@ -259,9 +259,9 @@ def _match_scores(model: TransformerBridge, matches: Matches, chunk: int) -> dic
                 | {"accuracy": (chances.argmax(-1).cpu() == matches.answer[rows]).float()})
     return _stream(model, matches.tokens, chunk, read_pattern, read_logits)
 
-# %% ../nbs/08_attention_analysis.ipynb #55c5a2f3
+# %% ../nbs/08_attention_analysis.ipynb #8bf36c3c
 def shuffle_second_copy(tokens: Int[Tensor, "batch pos"], length: int, generator: torch.Generator, bos: bool = False) -> Int[Tensor, "batch pos"]:
-    "The sequences `[r, r]` with the tokens of the second copy in random order, a new order for each sequence."
+    "The sequences `[r, r]` with the tokens of the second copy in random order, a new order for each sequence. `InputError` unless there are two copies of `length`, after a begin token if `bos`."
     import torch
     _check_repeats(tokens, length, bos)
     order = torch.rand(len(tokens), length, generator=generator).argsort(1).to(tokens.device)
@@ -284,10 +284,10 @@ def untrained_copy(model: TransformerBridge, seed: int) -> TransformerBridge:
         known = {"tl_config": fresh.cfg}
     return build_bridge_from_module(fresh.to(model.cfg.device).eval(), kind, model_name=f"untrained {seed}", **known).eval()
 
-# %% ../nbs/08_attention_analysis.ipynb #e4824495
+# %% ../nbs/08_attention_analysis.ipynb #97f14bea
 def untrained_scores(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], length: int, seeds: Sequence[int] = range(20), bos: bool = False,
                      chunk: int = 32) -> Float[Tensor, "seed layer head"]:
-    "Induction scores of untrained models on `tokens`, each the mean over the sequences."
+    "Induction scores of untrained models on `tokens`, each the mean over the sequences. `InputError` without seeds, or for sequences that are not two copies long."
     import torch
     if not len(seeds): raise InputError("seeds", list(seeds), "at least one is needed")
     return torch.stack([_induction(untrained_copy(model, seed), tokens, length, bos, chunk).mean(0) for seed in seeds])
@@ -327,13 +327,14 @@ def _null_tests(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], leng
     return {"shuffled": without.double().mean(0).numpy(), "untrained": null.double().mean(0).numpy(), "p_shuffled": p_shuffled, "p_untrained": p_untrained,
             "p": np.maximum(p_shuffled, p_untrained)}
 
-# %% ../nbs/08_attention_analysis.ipynb #c60d3cca
+# %% ../nbs/08_attention_analysis.ipynb #5019f6c5
 def find_induction_heads(model: TransformerBridge, n_sequences: int = 64, *, length: int | None = None, seed: int = 0, q: float = 0.05,
                          untrained: Float[Tensor, "seed layer head"] | None = None, bos: int | None = None, low: int = 0, distinct: bool = False,
                          chunk: int = 32) -> pd.DataFrame:
     """One row a head. `score`, `ci_low`, `ci_high`: induction score on fresh repeated random tokens, 95% bootstrap interval over sequences. `induction`: whether the head
     beats both nulls at false discovery rate `q` on other sequences, that is `p_adjusted <= q` with `p` the larger of `p_shuffled` and `p_untrained`; `shuffled` and `untrained`
-    are its mean scores under them. This is significance, not size: a tiny score can pass. `untrained` holds null scores (`untrained_scores`)."""
+    are its mean scores under them. This is significance, not size: a tiny score can pass. `untrained` holds null scores (`untrained_scores`).
+    `InputError` for repeats that do not fit the context, or so few null scores that no head could pass."""
     import pandas as pd
     from mechinterp_lib.statistics import benjamini_hochberg, bootstrap_ci
     check_range("n_sequences", n_sequences, 2, 2**31)
@@ -349,21 +350,21 @@ def find_induction_heads(model: TransformerBridge, n_sequences: int = 64, *, len
                      **{name: float(values[layer, head]) for name, values in columns.items()}, "induction": bool(passed[layer, head])})
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_attention_analysis.ipynb #991479ee
+# %% ../nbs/08_attention_analysis.ipynb #a9c5bcbc
 def uniform_scores(pattern: Float[Tensor, "*batch query_pos key_pos"]) -> Float[Tensor, "*batch"]:
-    "How evenly attention is spread: entropy over that of an even spread over all earlier positions, mean over the positions after the first (1: all keys alike, 0: one key; under 1 for a window)."
+    "How evenly attention is spread: entropy over that of an even spread over all earlier positions, mean over the positions after the first (1: all keys alike, 0: one key; under 1 for a window). `InputError` for a single position."
     import torch
     n = pattern.shape[-1]
     if n < 2: raise InputError("pattern", tuple(pattern.shape), "at least 2 positions are needed")
     return (torch.special.entr(pattern[..., 1:, :]).sum(-1) / torch.arange(2, n + 1, device=pattern.device).log()).mean(-1)
 
 def local_ngram_scores(pattern: Float[Tensor, "*batch query_pos key_pos"], n: int = 5) -> Float[Tensor, "*batch"]:
-    "Mean attention to the tokens from 2 to `n - 1` back: what a model of n-grams reads beyond the current and the previous token."
+    "Mean attention to the tokens from 2 to `n - 1` back: what a model of n-grams reads beyond the current and the previous token. `InputError` unless `n` is from 3 to the number of positions."
     check_range("n", n, 3, pattern.shape[-1] + 1)
     return sum(mean_diagonal(pattern, back, slice(n - 1, None)) for back in range(2, n))
 
 def positional_scores(pattern: Float[Tensor, "*batch query_pos key_pos"], other: Float[Tensor, "*batch query_pos key_pos"]) -> Float[Tensor, "*batch"]:
-    "The share of a causal pattern's variance within rows that the place explains: how far it agrees with the pattern of an unrelated text, position 0 and the query's own left out; 0 where both are even."
+    "The share of a causal pattern's variance within rows that the place explains: how far it agrees with the pattern of an unrelated text, position 0 and the query's own left out; 0 where both are even. `InputError` for patterns of two shapes."
     import torch
     if pattern.shape != other.shape: raise InputError("other", tuple(other.shape), f"allowed: the shape of pattern, {tuple(pattern.shape)}")
     seen = ((pattern > 0) | (other > 0)) & torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).tril(-1)
@@ -372,10 +373,10 @@ def positional_scores(pattern: Float[Tensor, "*batch query_pos key_pos"], other:
     size = (one.square() + two.square()).sum((-1, -2)) / 2
     return torch.where(size > 1e-9, (one * two).sum((-1, -2)) / size.clamp(min=1e-9), 0)
 
-# %% ../nbs/08_attention_analysis.ipynb #a3286667
+# %% ../nbs/08_attention_analysis.ipynb #824a5ac0
 def targeted_scores(pattern: Float[Tensor, "batch head query_pos key_pos"], targets: Bool[Tensor, "batch query_pos key_pos"],
                     queries: Bool[Tensor, "batch query_pos"] | None = None) -> Float[Tensor, "batch head"]:
-    "Attention on `targets`, mean over the `queries` (by default those that have a target); NaN where there is none. The `pattern` of a layer of an `Attention` is `attention.patterns[layer].transpose(0, 1)`."
+    "Attention on `targets`, mean over the `queries` (by default those that have a target); NaN where there is none. The `pattern` of a layer of an `Attention` is `attention.patterns[layer].transpose(0, 1)`. `InputError` for masks of other shapes, or that are not Boolean."
     import torch
     for argument, given, shape in (("targets", targets, (pattern.shape[0], *pattern.shape[2:])), ("queries", queries, (pattern.shape[0], pattern.shape[2]))):
         if given is None and argument == "queries": continue
@@ -385,7 +386,7 @@ def targeted_scores(pattern: Float[Tensor, "batch head query_pos key_pos"], targ
     return inside.sum(-1) / queries.sum(-1)[:, None].where(queries.any(-1)[:, None], float("nan"))
 
 def match_targets(tokens: Int[Tensor, "batch pos"], k: int) -> Bool[Tensor, "batch query_pos key_pos"]:
-    "The places after an earlier occurrence of the last `k` tokens: where a head attends that completes n-grams of `k + 1` tokens (Akyürek et al. 2024)."
+    "The places after an earlier occurrence of the last `k` tokens: where a head attends that completes n-grams of `k + 1` tokens (Akyürek et al. 2024). `InputError` for a `k` that leaves no such place."
     import torch
     if tokens.ndim != 2: raise InputError("tokens", tuple(tokens.shape), "allowed: [batch, pos]")
     n = tokens.shape[1]
@@ -482,13 +483,13 @@ def _written_in_layer(written: Iterable[Float[Tensor, "batch pos d_vocab"]], exp
             found[name].append(((reads * (there & (below < k)[:, None])).sum(-1) * there.any(-1)).sum(-1) / there.any(-1).sum(-1))
     return {name: torch.stack(values, dim=1) for name, values in found.items()}
 
-# %% ../nbs/08_attention_analysis.ipynb #66c267ed
+# %% ../nbs/08_attention_analysis.ipynb #02ff97ac
 def copying_scores(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], k: int = 5, chunk: int = 16) -> Float[Tensor, "batch layer head"]:
-    "The share of each head's attention that goes to tokens which its OV circuit then puts among the `k` that it raises most (Wang et al. 2023)."
+    "The share of each head's attention that goes to tokens which its OV circuit then puts among the `k` that it raises most (Wang et al. 2023). `InputError` for fewer than 2 positions, or a `k` that is not below the vocabulary."
     return _written_scores(model, tokens, k, chunk)["copying"]
 
 def copy_suppression_scores(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], k: int = 5, chunk: int = 16) -> Float[Tensor, "batch layer head"]:
-    "The share of each head's attention that goes to the token which the stream below it predicts, where its OV circuit puts this token among the `k` that it lowers most (McDougall et al. 2023)."
+    "The share of each head's attention that goes to the token which the stream below it predicts, where its OV circuit puts this token among the `k` that it lowers most (McDougall et al. 2023). NaN for a text in which no such token stands; `InputError` as in `copying_scores`."
     return _written_scores(model, tokens, k, chunk)["copy_suppression"]
 
 # %% ../nbs/08_attention_analysis.ipynb #16f617c6
@@ -530,7 +531,7 @@ def _leads(logits: Float[Tensor, "member layer head series"], answers: Iterable[
     at = logits.gather(-1, torch.tensor(list(answers))[:, None, None, None].expand(*logits.shape[:3], 1))
     return ((logits >= at).sum(-1) == 1).float()
 
-# %% ../nbs/08_attention_analysis.ipynb #9c65a004
+# %% ../nbs/08_attention_analysis.ipynb #ec95771b
 ROLES = ("current", "previous", "first", "local", "positional", "duplicate", "induction", "ngram_induction", "delimiter", "copying", "copy_suppression", "successor")
 
 @dataclass(frozen=True)
@@ -548,6 +549,7 @@ class _RoleTexts:
     top_k: int
     chunk: int
 
+# %% ../nbs/08_attention_analysis.ipynb #a3f2beb5
 def _asked(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], options: Mapping) -> _RoleTexts:
     "`_role_texts` with some of its options; an `InputError` for one that it does not have."
     for name in options: check_choice("options", name, list(inspect.signature(_role_texts).parameters)[2:])
@@ -671,9 +673,9 @@ def _mean(values: Float[np.ndarray, "unit layer head"]) -> Float[np.ndarray, "la
     there = np.isfinite(values)
     return np.where(there, values, 0).sum(0) / np.maximum(there.sum(0), 1)
 
-# %% ../nbs/08_attention_analysis.ipynb #665c4dde
+# %% ../nbs/08_attention_analysis.ipynb #90148bf5
 def untrained_roles(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], seeds: Sequence[int] = range(20), **options) -> dict[str, Float[np.ndarray, "seed layer head"]]:
-    "The scores of untrained models of the same architecture on the texts of the tests, by role: null scores for all checkpoints of it, with the same texts and options. Options as in `categorize_attention_heads`."
+    "The scores of untrained models of the same architecture on the texts of the tests, by role: null scores for all checkpoints of it, with the same texts and options. Options and `InputError` as in `categorize_attention_heads`."
     if not len(seeds): raise InputError("seeds", list(seeds), "at least one is needed")
     return _untrained_means(model, _asked(model, tokens, options), seeds)
 
@@ -688,11 +690,12 @@ def _untrained_means(model: TransformerBridge, asked: _RoleTexts, seeds: Sequenc
             if role in scores: found[role].append(_mean(_units(scores[role], role, tests=True, halved=True)))
     return {role: np.stack(values) for role, values in found.items()}
 
-# %% ../nbs/08_attention_analysis.ipynb #ddcde570
+# %% ../nbs/08_attention_analysis.ipynb #d4687d58
 def categorize_attention_heads(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *, q: float = 0.05, untrained: Mapping[str, Float[np.ndarray, "seed layer head"]] | None = None, **options) -> pd.DataFrame:
     """One row a role and head. `score`, `ci_low`, `ci_high`, `n`: its score on the second half of the texts `tokens` (of whose rows a multiple of four is used), 95% bootstrap interval over texts, repeats or members of a series. `holds`: whether it beats untrained models, the shuffle and the place beside, at false discovery rate `q`, on
     the first half: `p` is the largest of `p_untrained`, `p_shuffled` and `p_beside` (NaN where a role has no such null), `p_adjusted` is over the heads; `untrained`, `shuffled` and `beside` are the null means. `chosen` is the score on the first half, by which to pick a head whose `score` is to be reported. What the texts do not show (no delimiter, no series) has no score; what they show too seldom for any head to pass has no p-value, and a warning names it; neither
-    holds. 64 rows of 128 tokens are enough for all roles, and take a minute or two. This is significance, not size. `untrained` holds the null scores of `untrained_roles`. Options: `n` (5, local), `match` (4, tokens of n-gram induction), `top_k` (5, copying), `delimiters`, `series`, `length` (of repeats), `bos`, `low`, `distinct` (of their tokens), `seed`, `chunk` (16)."""
+    holds. 64 rows of 128 tokens are enough for all roles, and take a minute or two. This is significance, not size. `untrained` holds the null scores of `untrained_roles`. Options: `n` (5, local), `match` (4, tokens of n-gram induction), `top_k` (5, copying), `delimiters`, `series`, `length` (of repeats), `bos`, `low`, `distinct` (of their tokens), `seed`, `chunk` (16).
+    `InputError` for another option, fewer than 4 rows or 8 tokens, or null scores that are too few or of another model."""
     import pandas as pd
     if not 0 < q < 1: raise InputError("q", q, "allowed: above 0 and below 1, such as 0.05")
     if not isinstance(untrained, (Mapping, type(None))): raise InputError("untrained", type(untrained).__name__, "allowed: a mapping from roles to scores, as untrained_roles returns it")
@@ -733,9 +736,9 @@ def _compared(real: Float[Tensor, "unit layer head"], null: Float[Tensor, "unit 
     if heads * 2.0 ** -there.sum(0).max() > q: return _mean(null), None
     return _mean(np.where(there, null, np.nan)), sign_flip_p_values(np.where(there, real - null, 0).round(6), max(10_000, int(2 * heads / q)), seed)
 
-# %% ../nbs/08_attention_analysis.ipynb #9712ffad
+# %% ../nbs/08_attention_analysis.ipynb #002c3f77
 def head_roles(table: pd.DataFrame, least: float = 0.2) -> dict[str, list[str]]:
-    "The roles that hold for each head, the largest score first, among those of at least `least`; an empty list for a head with none of the twelve: it may do something that no ruler here asks about."
+    "The roles that hold for each head, the largest score first, among those of at least `least`; an empty list for a head with none of the twelve: it may do something that no ruler here asks about. `InputError` for another table."
     if not {"label", "role", "score", "holds"} <= set(getattr(table, "columns", ())) or not len(table): raise InputError("table", type(table).__name__, "allowed: what categorize_attention_heads returns")
     held = table[table.holds & (table.score >= least)].sort_values("score", ascending=False)
     return {label: held.role[held.label == label].tolist() for label in dict.fromkeys(table.label)}
@@ -765,12 +768,16 @@ def _summed(name: str, count: Int[np.ndarray, "layer head"], total: Float[np.nda
         half = 1.96 * np.sqrt((squares / count - mean**2).clip(min=0) / (count - 1))
     return [{"score": float(mean[at]), "ci_low": float((mean - half)[at]), "ci_high": float((mean + half)[at]), "rows": int(count[at])} | {"role": name, "layer": at[0], "head": at[1], "label": head_label(*at)} for at in np.ndindex(mean.shape)]
 
-# %% ../nbs/08_attention_analysis.ipynb #9765e73e
-def compute_attention_stats(attention: Attention) -> pd.DataFrame:
-    "One row a head, means over sequences and positions: `entropy` (nats), `distance` (tokens between query and key), `largest` weight of a query, and the scores `current`, `previous`, `first`, `uniform`."
-    import pandas as pd, torch
+# %% ../nbs/08_attention_analysis.ipynb #99c10f8c
+def _check_attention(attention: Attention) -> Attention:
+    "`attention`; an `InputError` for anything else."
     if not isinstance(attention, Attention): raise InputError("attention", type(attention).__name__, "allowed: what extract_attention returns")
-    pattern = attention.patterns.float()
+    return attention
+
+def compute_attention_stats(attention: Attention) -> pd.DataFrame:
+    "One row a head, means over sequences and positions: `entropy` (nats), `distance` (tokens between query and key), `largest` weight of a query, and the scores `current`, `previous`, `first`, `uniform`. `InputError` for a single position."
+    import pandas as pd, torch
+    pattern = _check_attention(attention).patterns.float()
     n = pattern.shape[-1]
     if n < 2: raise InputError("attention", "1 position", "at least 2 tokens are needed")
     back = (torch.arange(n)[:, None] - torch.arange(n)).clamp(min=0).to(pattern.device)
@@ -779,39 +786,39 @@ def compute_attention_stats(attention: Attention) -> pd.DataFrame:
     return pd.DataFrame([{"layer": layer, "head": head, "label": head_label(layer, head)} | {name: values[layer, head].mean().item() for name, values in means.items()}
                          for layer in range(pattern.shape[0]) for head in range(pattern.shape[1])])
 
-# %% ../nbs/08_attention_analysis.ipynb #0698cef2
+# %% ../nbs/08_attention_analysis.ipynb #d33af09c
 def _of_sequence(attention: Attention, sequence: int) -> tuple[Float[np.ndarray, "layer head query_pos key_pos"], list[str]]:
     "The patterns of one sequence, and its tokens."
-    check_range("sequence", sequence, 0, len(attention.tokens))
+    check_range("sequence", sequence, 0, len(_check_attention(attention).tokens))
     return attention.patterns[:, :, sequence].numpy(), attention.tokens[sequence]
 
 def visualize_attention_head(attention: Attention, layer: int, head: int, sequence: int = 0) -> Figure:
-    "One head's pattern on one sequence."
+    "One head's pattern on one sequence. `InputError` for a head or a sequence that is not there."
     from mechinterp_lib.plots import attention_grid
     patterns, tokens = _of_sequence(attention, sequence)
     check_range("layer", layer, 0, len(patterns)), check_range("head", head, 0, patterns.shape[1])
     return attention_grid(patterns[layer, head][None], [head_label(layer, head)], tokens)
 
 def visualize_all_heads(attention: Attention, sequence: int = 0) -> Figure:
-    "All heads' patterns on one sequence, a row for each layer."
+    "All heads' patterns on one sequence, a row for each layer. `InputError` for a sequence that is not there."
     from mechinterp_lib.plots import attention_grid
     patterns, tokens = _of_sequence(attention, sequence)
     labels = [head_label(*at) for at in itertools.product(*map(range, patterns.shape[:2]))]
     return attention_grid(patterns.reshape(-1, *patterns.shape[2:]), labels, tokens, columns=patterns.shape[1])
 
-# %% ../nbs/08_attention_analysis.ipynb #3dd3518a
+# %% ../nbs/08_attention_analysis.ipynb #3f6e45d8
 def plot_attention_head(model: TransformerBridge, text: str | Int[Tensor, "one pos"], layer: int, head: int, save_path: str | Path | None = None) -> HtmlFigure:
-    "One text whose tokens are shaded by what the token under the pointer attends to in this head; the other heads can be chosen. `save_path`: .html (opens offline), or .svg or .png for a map."
+    "One text whose tokens are shaded by what the token under the pointer attends to in this head; the other heads can be chosen. `save_path`: .html (opens offline), or .svg or .png for a map. `InputError` for another suffix, several texts, or a head that is not there."
     return plot_attention(extract_attention(model, text), save_path, layer, head)
 
 def plot_all_heads(model: TransformerBridge, text: str | Int[Tensor, "one pos"], save_path: str | Path | None = None) -> HtmlFigure:
-    "Maps of all heads on one text, and the text, shaded by what the token under the pointer attends to in the head that is chosen. `save_path`: .html (opens offline), or .svg or .png for the maps."
+    "Maps of all heads on one text, and the text, shaded by what the token under the pointer attends to in the head that is chosen. `save_path`: .html (opens offline), or .svg or .png for the maps. `InputError` for another suffix, or several texts."
     return plot_attention(extract_attention(model, text), save_path)
 
 def plot_attention(attention: Attention, save_path: str | Path | None = None, layer: int | None = None, head: int | None = None) -> HtmlFigure:
     "The same of patterns that are at hand: of one head, or, where neither `layer` nor `head` is given, of all. `InputError` for more than one sequence, a head that is not there, or another suffix."
     from mechinterp_lib.plots import attention_view, check_suffix, save_figure
-    if len(attention.tokens) != 1: raise InputError("text", f"{len(attention.tokens)} sequences", "allowed: one")
+    if len(_check_attention(attention).tokens) != 1: raise InputError("text", f"{len(attention.tokens)} sequences", "allowed: one")
     chosen = {} if layer is head is None else {"layer": layer or 0, "head": head or 0}
     kind = None if save_path is None else check_suffix("save_path", save_path)
     view = attention_view(*_of_sequence(attention, 0), **chosen)
