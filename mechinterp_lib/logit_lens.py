@@ -201,10 +201,10 @@ def _of(lens: Lens, answer: str | int) -> pd.DataFrame:
 
 Lens.top, Lens.summary, Lens.of = _top, _summary, _of
 
-# %% ../nbs/09_logit_lens.ipynb #68fbe3b5
+# %% ../nbs/09_logit_lens.ipynb #dad1686c
 def measure_convergence(result: Lens | TransformerBridge, inputs: Inputs | None = None, threshold: float = 0.5, **options) -> dict[str, Any]:
     """`layer`: the first of the layers read from which on the final best token stays on top (None: of those read, none); `above`: the first at which its probability exceeds `threshold`, or None; `depth` of `layer`; `token`, `prompt` and `pos`. Lists where several prompts or positions are read, in the order of `Lens.top`.
-    Takes a `Lens`, or a model and inputs with the options of `logit_lens`."""
+    Takes a `Lens`, or a model and inputs with the options of `logit_lens`. `InputError` for both, or a threshold that is no probability below 1."""
     if isinstance(result, Lens):
         if isinstance(inputs, (int, float)): inputs, threshold = None, inputs
         if inputs is not None or options: raise InputError("inputs", inputs if inputs is not None else list(options), "a Lens has been read already: nothing but a threshold goes with it")
@@ -223,9 +223,9 @@ def measure_convergence(result: Lens | TransformerBridge, inputs: Inputs | None 
         found.append({"layer": layer, "above": above, "depth": None if layer is None else depth(lens.model, layer), "token": names[row][i], "prompt": row, "pos": pos})
     return found[0] if lens.streams[0, :, :, 0].numel() == 1 else {name: [each[name] for each in found] for name in found[0]}
 
-# %% ../nbs/09_logit_lens.ipynb #da815dbf
+# %% ../nbs/09_logit_lens.ipynb #c2a31a84
 def compare_predictions(model: TransformerBridge, prompts: Sequence[str], **options) -> pd.DataFrame:
-    "One row a prompt: the best token at the end, its probability, and where it converged; options of `logit_lens`."
+    "One row a prompt: the best token at the end, its probability, and where it converged; options of `logit_lens`. `InputError` for a single text, or several positions."
     import pandas as pd
     if isinstance(prompts, str): raise InputError("prompts", prompts, "allowed: a list of texts")
     rows = []
@@ -237,7 +237,7 @@ def compare_predictions(model: TransformerBridge, prompts: Sequence[str], **opti
     return pd.DataFrame(rows)
 
 def compare_positions(model: TransformerBridge, text: str | Int[Tensor, "one pos"], positions: Sequence[int] | None = None, **options) -> pd.DataFrame:
-    "One row a position of one prompt (all for None): the token there, the best next token, its probability, and where it converged; options of `logit_lens`."
+    "One row a position of one prompt (all for None): the token there, the best next token, its probability, and where it converged; options of `logit_lens`. `InputError` for several prompts."
     import pandas as pd
     lens = logit_lens(model, text, target_position=positions, **options)
     if len(lens.tokens) != 1: raise InputError("text", f"{len(lens.tokens)} prompts", "allowed: one; compare_predictions takes several")
@@ -245,9 +245,9 @@ def compare_positions(model: TransformerBridge, text: str | Int[Tensor, "one pos
     columns = {name: value if isinstance(value, list) else [value] for name, value in found.items() if name not in ("prompt", "pos")}
     return pd.DataFrame({"pos": [pos for *_, pos in places], "after": [lens.names[0][pos] for *_, pos in places], **columns, "probability": [round(lens.final[0, i].max().exp().item(), 6) for _, i, _ in places]})
 
-# %% ../nbs/09_logit_lens.ipynb #f4b8fe03
+# %% ../nbs/09_logit_lens.ipynb #a94e7c25
 def temperature_sweep(lens: Lens, temperatures: Sequence[float] = (0.25, 0.5, 1.0, 2.0)) -> pd.DataFrame:
-    "One row a layer and temperature: entropy and the largest probability of the layer's logits divided by it, means over prompts and positions."
+    "One row a layer and temperature: entropy and the largest probability of the layer's logits divided by it, means over prompts and positions. Entropy in nats; `InputError` for a temperature that is not above 0."
     import pandas as pd, torch
     for t in temperatures:
         if not isinstance(t, (int, float)) or not t > 0: raise InputError("temperatures", t, "allowed: numbers above 0")
@@ -259,7 +259,7 @@ def temperature_sweep(lens: Lens, temperatures: Sequence[float] = (0.25, 0.5, 1.
             rows.append({"layer": layer, "temperature": t, "entropy": -(cooled.exp() * cooled).nansum(-1).mean().item(), "largest": cooled.max(-1).values.exp().mean().item(), "n": real.shape[1]})
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_logit_lens.ipynb #51ce0e61
+# %% ../nbs/09_logit_lens.ipynb #38228ac5
 def _map_of(lens: Lens, prompt: int) -> tuple[list[list[str]], Any, list[str]]:
     "Best tokens and their probabilities, one row a layer, and the tokens of the prompt at the positions that are no padding."
     import numpy as np
@@ -269,26 +269,27 @@ def _map_of(lens: Lens, prompt: int) -> tuple[list[list[str]], Any, list[str]]:
     return [token_names(lens.model, layer.indices[None])[0] for layer in best], np.stack([layer.values.exp().cpu().numpy() for layer in best]), [lens.names[prompt][pos] for _, pos in real]
 
 def plot_evolution(predictions: Lens, save_path: str | Path | None = None, *, prompt: int = 0, interactive: bool = True) -> go.Figure | Figure:
-    "The map of best tokens; interactive, or still. With `save_path` it is also written: .html opens with no network, .svg and .png are still."
-    from mechinterp_lib.plots import heatmap, interactive_heatmap, save_figure
+    "The map of best tokens; interactive, or still. With `save_path` it is also written: .html opens with no network, .svg and .png are still. `InputError` for another suffix, or a prompt that was not read."
+    from mechinterp_lib.plots import check_suffix, save_figure
     tokens, values, names = _map_of(predictions, prompt)
-    options = {"x_label": "after", "y_label": "layer", "colour_label": "probability", "x_labels": names, "y_labels": predictions.layers, "limits": (0, 1), "cell_labels": tokens}
-    if save_path is not None:
-        kind = check_choice("save_path", Path(save_path).suffix.lower(), [".html", ".svg", ".png"])
-        if kind == ".html":
-            with atomic_path(save_path) as temporary: temporary.write_text(interactive_heatmap(values, **options).to_html(include_plotlyjs=True), encoding="utf-8")
-        else: save_figure(heatmap(values, first_row="bottom", **options), save_path)
+    draw = lambda interactive: _probability_map(predictions, values, names, interactive, cell_labels=tokens)
+    if save_path is not None: save_figure(draw(check_suffix("save_path", save_path) == ".html"), save_path)
+    return draw(interactive)
+
+def _probability_map(lens: Lens, values: Float[np.ndarray, "layer pos"], names: Sequence[str], interactive: bool, **more) -> go.Figure | Figure:
+    "Probabilities by layer and position, positions named after the tokens there."
+    from mechinterp_lib.plots import heatmap, interactive_heatmap
+    options = {"x_label": "after", "y_label": "layer", "colour_label": "probability", "x_labels": names, "y_labels": lens.layers, "limits": (0, 1)} | more
     return interactive_heatmap(values, **options) if interactive else heatmap(values, first_row="bottom", **options)
 
 def visualize_evolution(model: TransformerBridge, text: str, save_path: str | Path | None = None, *, interactive: bool = True, **options) -> go.Figure | Figure:
-    "The map of a text, all positions; options of `logit_lens`."
+    "The map of a text, all positions; options of `logit_lens`. `InputError` as in `plot_evolution`."
     return plot_evolution(analyze(model, text, **options), save_path, interactive=interactive)
 
-# %% ../nbs/09_logit_lens.ipynb #913e67d9
+# %% ../nbs/09_logit_lens.ipynb #cce10c59
 def plot_probability_heatmap(lens: Lens, answer: str | int | None = None, *, prompt: int = 0, interactive: bool = True) -> go.Figure | Figure:
-    "The probability that each layer gives to `answer` at each position, or, for None, to the token that came next in the prompt."
+    "The probability that each layer gives to `answer` at each position, or, for None, to the token that came next in the prompt. `InputError` where nothing came next, or for a prompt that was not read."
     import numpy as np
-    from mechinterp_lib.plots import heatmap, interactive_heatmap
     check_range("prompt", prompt, 0, len(lens.tokens))
     names = [lens.names[prompt][pos] for row, _, pos in _places(lens) if row == prompt]
     if answer is not None: values = np.stack([of.probability.to_numpy() for _, of in lens.of(answer).loc[lambda frame: frame.prompt == prompt].groupby("layer", sort=False)])
@@ -297,11 +298,10 @@ def plot_probability_heatmap(lens: Lens, answer: str | int | None = None, *, pro
         if summary.empty: raise InputError("lens", "only the end of the prompt was read", "nothing follows it: name an answer, or read other positions")
         values = np.exp(-np.stack([of.cross_entropy.to_numpy() for _, of in summary.groupby("layer", sort=False)]))
         names = [lens.names[prompt][pos] for pos in summary.pos.unique()]
-    options = {"x_label": "after", "y_label": "layer", "colour_label": "probability", "x_labels": names, "y_labels": lens.layers, "limits": (0, 1)}
-    return interactive_heatmap(values, **options) if interactive else heatmap(values, first_row="bottom", **options)
+    return _probability_map(lens, values, names, interactive)
 
 def plot_prediction_evolution(lens: Lens, answers: Sequence[str | int] | None = None, *, prompt: int = 0, measure: str = "probability") -> Figure:
-    "`probability` or `rank` of some tokens (None: the `top_k` best of the last layer) at the last position read, along the layers."
+    "`probability` or `rank` of some tokens (None: the `top_k` best of the last layer) at the last position read, along the layers. `InputError` for another measure, or a prompt that was not read."
     import pandas as pd
     from mechinterp_lib.plots import line_plot
     check_choice("measure", measure, ["probability", "rank"]), check_range("prompt", prompt, 0, len(lens.tokens))
@@ -310,10 +310,10 @@ def plot_prediction_evolution(lens: Lens, answers: Sequence[str | int] | None = 
     frames = [lens.of(answer).loc[lambda frame: (frame.prompt == prompt) & (frame.pos == lens.positions[-1])].assign(token=repr(name_of(answer))) for answer in best]
     return line_plot(pd.concat(frames), "depth", measure, x_label="depth (0: embedding, 1: last layer)", y_label=measure, colour="token", markers=True)
 
-# %% ../nbs/09_logit_lens.ipynb #75d46a0f
+# %% ../nbs/09_logit_lens.ipynb #7e90f3a6
 def lens_statistics(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], mode: str = "norm", layers: Iterable[Layer] | None = None, *, norm: str = "final", tuned: TunedLens | None = None,
                     compare: Callable[[Float[Tensor, "batch pos_minus_1 d_vocab"], Int[Tensor, "batch pos"]], Mapping[str, Float[Tensor, "batch pos_minus_1"]]] | None = None, chunk: int = 16) -> dict[str, Float[np.ndarray, "layer batch"]]:
-    """`entropy`, `kl`, `cross_entropy` (nats) and `agrees` as in `lens_measures`, means over the positions of each sequence but the last, for each layer; beside them, under other names, what `compare(log_probabilities, tokens)` measures at these positions. Memory: the streams of `chunk` sequences and a few times one layer's logits of them."""
+    """`entropy`, `kl`, `cross_entropy` (nats) and `agrees` as in `lens_measures`, means over the positions of each sequence but the last, for each layer; beside them, under other names, what `compare(log_probabilities, tokens)` measures at these positions. Memory: the streams of `chunk` sequences and a few times one layer's logits of them. `InputError` for a single position, or what `compare` should not return."""
     import numpy as np, torch
     decode, layers = stream_decoder(model, mode, norm, tuned), check_layers(model, layers)
     tokens, _ = check_tokens(model, tokens)
@@ -360,7 +360,7 @@ class TunedLens:
         with atomic_path(path) as temporary: save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, temporary, {"key": self.key, "layers": " ".join(map(str, self.layers))})
         return Path(path)
 
-# %% ../nbs/09_logit_lens.ipynb #f69812bf
+# %% ../nbs/09_logit_lens.ipynb #c17846cb
 _KEYS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def weights_key(model: TransformerBridge) -> str:
@@ -379,7 +379,7 @@ def load_tuned_lens(path: str | Path, model: TransformerBridge) -> TunedLens:
     try:
         with safe_open(path, framework="pt") as file: parts, about = {name: file.get_tensor(name).to(model.cfg.device) for name in file.keys()}, file.metadata() or {}
         lens = TunedLens([layer if layer == "embed" else int(layer) for layer in about["layers"].split()], parts["weight"], parts["bias"], about["key"])
-    except Exception as error: raise InputError("path", str(path), f"this is no tuned lens: {str(error).splitlines()[0]}") from error
+    except Exception as error: raise InputError("path", str(path), f"not a lens as TunedLens.save writes it: {str(error).splitlines()[0]}") from error
     lens.check(model)
     return lens
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['NATIVE', 'new_model', 'forward_logits', 'check_model_folder', 'save_model', 'as_bridge', 'list_models',
-           'describe_model', 'import_nanogpt', 'import_llama2c', 'load_model', 'token_ids', 'token_names', 'head_label',
-           'parse_head', 'stream_parts', 'blank_model', 'set_head', 'induction_model', 'fixed_offset_model']
+           'describe_model', 'import_nanogpt', 'import_llama2c', 'load_model', 'token_ids', 'token_names', 'written_by',
+           'head_label', 'parse_head', 'stream_parts', 'blank_model', 'set_head', 'induction_model',
+           'fixed_offset_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
 _HF_CLASSES = {"GPT2LMHeadModel": "GPT2Config", "LlamaForCausalLM": "LlamaConfig", "Qwen3ForCausalLM": "Qwen3Config"}
@@ -496,6 +497,20 @@ def token_names(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> l
     "Each token as text, or its id where the model has no tokenizer."
     if model.tokenizer is None: return [list(map(str, row)) for row in tokens.tolist()]
     return [[model.tokenizer.decode([i]) for i in row] for row in tokens.tolist()]
+
+# %% ../nbs/04_models.ipynb #e33b4548
+def written_by(model: TransformerBridge, n: int, length: int, seed: int = 0, start: str = "\n") -> Int[Tensor, "n length"]:
+    """Token ids of `n` rows that a Hugging Face model samples at temperature 1; each begins with `start`, and none ends early. They depend on `seed` alone.
+    `InputError` for a model of another kind, without a tokenizer or in training mode, an empty `start`, or a `length` that does not exceed it or exceeds the context."""
+    import torch
+    if not hasattr(model.original_model, "generate") or model.tokenizer is None or model.training:
+        raise InputError("model", type(model.original_model).__name__, "allowed: a Hugging Face model with a tokenizer, in eval mode")
+    if not start: raise InputError("start", start, "at least one character is needed")
+    rows = encode(model.tokenizer, start).to(model.cfg.device).expand(check_range("n", n, 1, 2**31), -1)
+    new = check_range("length", length, rows.shape[1] + 1, model.cfg.n_ctx + 1) - rows.shape[1]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(check_range("seed", seed, 0, 2**63))
+        return model.original_model.generate(rows, attention_mask=torch.ones_like(rows), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
 
 # %% ../nbs/04_models.ipynb #05d24287
 def head_label(layer: int, head: int) -> str:

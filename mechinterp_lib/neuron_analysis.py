@@ -31,12 +31,12 @@ __all__ = ['n_neurons', 'check_neuron', 'get_neuron_activations', 'TopActivation
            'visualize_neuron_activations', 'neuron_logit_effects', 'output_direction', 'ablate_neuron',
            'rule_precision', 'find_feature_directions']
 
-# %% ../nbs/10_neuron_analysis.ipynb #e60a1a5a
+# %% ../nbs/10_neuron_analysis.ipynb #69a99611
 def n_neurons(model: TransformerBridge, layer_idx: int) -> int:
     "How many neurons a layer has. `InputError` for a model without MLPs, or with several in a layer (experts), and for a layer that it does not have."
     check_model(model), hook_name(model, "post", layer_idx)
     weight = getattr(getattr(getattr(model.blocks[layer_idx].mlp, "out", None), "original_component", None), "weight", None)
-    if weight is None or weight.ndim != 2: raise InputError("model", type(model.original_model).__name__, "its layers hold no single row of neurons")
+    if weight is None or weight.ndim != 2: raise InputError("model", type(model.original_model).__name__, "allowed: a model with one MLP in each layer, and no experts")
     return weight.numel() // model.cfg.d_model
 
 def check_neuron(model: TransformerBridge, layer_idx: int, neuron_idx: int) -> None:
@@ -44,7 +44,7 @@ def check_neuron(model: TransformerBridge, layer_idx: int, neuron_idx: int) -> N
     check_range("neuron_idx", neuron_idx, 0, n_neurons(model, layer_idx))
 
 def get_neuron_activations(model: TransformerBridge, inputs: Inputs, layer_idx: int, neuron_idx: int | None = None) -> Float[Tensor, "batch pos *neuron"]:
-    "The activations of one neuron, or of all neurons of the layer for None, at every position; NaN where texts are padded. Where the tokenizer has a begin token it stands first."
+    "The activations of one neuron, or of all neurons of the layer for None, at every position; NaN where texts are padded. Where the tokenizer has a begin token it stands first. `InputError` for a layer or neuron that is not there."
     width = n_neurons(model, layer_idx)
     if neuron_idx is not None: check_range("neuron_idx", neuron_idx, 0, width)
     name = hook_name(model, "post", layer_idx)
@@ -77,9 +77,9 @@ class TopActivations:
             found.append({"rank": rank, "activation": value, "row": row, "pos": pos, "before": "".join(names[max(0, pos - width):pos]), "token": names[pos], "after": "".join(names[pos + 1:pos + 1 + width])})
         return pd.DataFrame(found)
 
-# %% ../nbs/10_neuron_analysis.ipynb #7fe1b679
+# %% ../nbs/10_neuron_analysis.ipynb #c8fd82f2
 def top_activations(model: TransformerBridge, dataset: Inputs | Iterable, layer_idx: int, k: int = 10, *, length: int | None = None, chunk: int = 16) -> TopActivations:
-    "The places at which each neuron of a layer is largest, in one pass; fewer than `k` where the corpus is shorter. `length` and `chunk` as in `dataset_rows`."
+    "The places at which each neuron of a layer is largest, in one pass; fewer than `k` where the corpus is shorter. `length` and `chunk` as in `dataset_rows`. `InputError` for an empty corpus, or a layer that is not there."
     import torch
     width, name, rows_seen, tokens_seen, kept = n_neurons(model, layer_idx), hook_name(model, "post", layer_idx), 0, 0, {}
     check_range("k", k, 1, 2**31)
@@ -112,9 +112,9 @@ def find_max_activating_examples(model: TransformerBridge, dataset: Inputs | Ite
     check_neuron(model, layer_idx, neuron_idx)
     return top_activations(model, dataset, layer_idx, k, **options).examples(neuron_idx)
 
-# %% ../nbs/10_neuron_analysis.ipynb #f5a7d405
+# %% ../nbs/10_neuron_analysis.ipynb #ddd380ee
 def compute_neuron_statistics(model: TransformerBridge, dataset: Inputs | Iterable, layer_idx: int, *, length: int | None = None, chunk: int = 16) -> pd.DataFrame:
-    "One row a neuron of a layer: `mean`, `std`, `kurtosis` (excess), `active` (the share of tokens on which it is above 0), `max`, over `n` tokens; one pass, sums in double precision."
+    "One row a neuron of a layer: `mean`, `std`, `kurtosis` (excess), `active` (the share of tokens on which it is above 0), `max`, over `n` tokens; one pass, sums in double precision. `kurtosis` is NaN for a neuron that never changes; `length`, `chunk` and `InputError` as in `top_activations`."
     import pandas as pd, torch
     width, name, n, shift = n_neurons(model, layer_idx), hook_name(model, "post", layer_idx), 0, None
     sums, active, highest = torch.zeros(4, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64), torch.full((width,), -torch.inf, dtype=torch.float64)
@@ -129,9 +129,9 @@ def compute_neuron_statistics(model: TransformerBridge, dataset: Inputs | Iterab
     kurtosis = torch.where(variance > 1e-24, fourth / variance.clamp(min=1e-24)**2 - 3, torch.nan)
     return pd.DataFrame({"neuron": range(width), "mean": (m1 + shift).tolist(), "std": variance.sqrt().tolist(), "kurtosis": kurtosis.tolist(), "active": (active / n).tolist(), "max": highest.tolist(), "n": n})
 
-# %% ../nbs/10_neuron_analysis.ipynb #8a8642d2
+# %% ../nbs/10_neuron_analysis.ipynb #2ebfb6ae
 def plot_activation_histogram(activations: Float[Tensor, "..."], label: str = "neuron", bins: int = 60) -> Figure:
-    "How often each activation occurs, on a logarithmic scale: seldom and large is what makes a neuron worth reading."
+    "How often each activation occurs, on a logarithmic scale: seldom and large is what makes a neuron worth reading. NaN is left out; `InputError` where nothing else is there."
     import numpy as np, pandas as pd
     from mechinterp_lib.plots import line_plot
     if not hasattr(activations, "detach"): raise InputError("activations", type(activations).__name__, "allowed: a tensor")
@@ -143,7 +143,7 @@ def plot_activation_histogram(activations: Float[Tensor, "..."], label: str = "n
     return line_plot(frame[frame.share > 0], "activation", "share", x_label=f"activation of {label}", y_label="share of tokens", log_y=True, markers=True)
 
 def visualize_neuron_activations(model: TransformerBridge, text: str | Int[Tensor, "one pos"], layer_idx: int, neuron_idx: int, *, largest: float | None = None) -> str:
-    "A text as HTML, each token shaded by a neuron's activation on it: orange above 0, blue below; `largest` is the activation of the full shade (None: the largest in size here). The number stands under the pointer."
+    "A text as HTML, each token shaded by a neuron's activation on it: orange above 0, blue below; `largest` is the activation of the full shade (None: the largest in size here). The number stands under the pointer. `InputError` for several texts, or a `largest` that is not above 0."
     activations = get_neuron_activations(model, text, layer_idx, neuron_idx)
     if len(activations) != 1: raise InputError("text", f"{len(activations)} texts", "allowed: one")
     tokens, _ = token_ids(model, text)
@@ -187,14 +187,20 @@ def ablate_neuron(model: TransformerBridge, inputs: Inputs, layer_idx: int, neur
     check_neuron(model, layer_idx, neuron_idx)
     return ablate_component(model, inputs, Part("post", layer_idx, neuron_idx), method, **options)
 
-# %% ../nbs/10_neuron_analysis.ipynb #eabe6274
+# %% ../nbs/10_neuron_analysis.ipynb #a0803bbd
+def _check_marks(argument: str, marks: Bool[Tensor, "batch pos"], shape: Sequence[int]) -> None:
+    "An `InputError` unless `marks` says yes or no for each token."
+    import torch
+    if not isinstance(marks, torch.Tensor) or marks.dtype != torch.bool or marks.shape != shape:
+        raise InputError(argument, f"{getattr(marks, 'dtype', type(marks).__name__)} {tuple(getattr(marks, 'shape', ()))}", f"allowed: a bool tensor {tuple(shape)}, one entry for each token")
+
 def rule_precision(activations: Float[Tensor, "batch pos"], rule: Bool[Tensor, "batch pos"], threshold: float | None = None) -> dict[str, float]:
-    "How well a rule describes where a neuron fires, that is, exceeds `threshold` (None: half of its largest activation here): `precision` and `recall` with Wilson intervals, the rule's `base_rate`, the number of `firings` and of tokens `n`. NaN activations are left out."
+    "How well a rule describes where a neuron fires, that is, exceeds `threshold` (None: half of its largest activation here): `precision` and `recall` with Wilson intervals, the rule's `base_rate`, the number of `firings` and of tokens `n`. NaN activations are left out. `InputError` for a rule of another shape, or that is not Boolean."
     import torch
     from mechinterp_lib.statistics import wilson_interval
     if not isinstance(activations, torch.Tensor): raise InputError("activations", type(activations).__name__, "allowed: a tensor")
     if threshold is not None and not isinstance(threshold, (int, float)): raise InputError("threshold", threshold, "allowed: a number, or None")
-    if not isinstance(rule, torch.Tensor) or rule.dtype != torch.bool or rule.shape != activations.shape: raise InputError("rule", getattr(rule, "shape", type(rule).__name__), f"allowed: a bool tensor {tuple(activations.shape)}, one entry for each activation")
+    _check_marks("rule", rule, activations.shape)
     real = ~activations.isnan()
     values, says = activations[real], rule.to(activations.device)[real]
     if not len(values): raise InputError("activations", "none", "at least one is needed")
@@ -206,13 +212,13 @@ def rule_precision(activations: Float[Tensor, "batch pos"], rule: Bool[Tensor, "
         found[f"{name}_low"], found[f"{name}_high"] = wilson_interval(both, of) if of else (float("nan"), float("nan"))
     return found
 
-# %% ../nbs/10_neuron_analysis.ipynb #6582068d
+# %% ../nbs/10_neuron_analysis.ipynb #294d0422
 def find_feature_directions(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], labels: Bool[Tensor, "batch pos"], layers: Sequence[int] | None = None, *, component: str = "resid_post", n_shuffles: int = 100, seed: int = 0) -> tuple[Float[Tensor, "layer d_component"], pd.DataFrame]:
     """For each layer (None: all) the unit vector from the mean of a component where `labels` is False to that where it is True, taken over the even rows; and a table: its AUROC on the odd rows with a 95% bootstrap interval over rows; that of the `best` single coordinate, chosen by AUROC on the even rows; and the highest of
     `n_shuffles` directions from labels shuffled among the tokens. `InputError` unless both kinds of token occur in both halves. Memory: the component of all rows in these layers."""
     import pandas as pd, torch
     tokens, _ = check_tokens(model, tokens)
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.bool or labels.shape != tokens.shape: raise InputError("labels", getattr(labels, "shape", type(labels).__name__), f"allowed: a bool tensor {tuple(tokens.shape)}")
+    _check_marks("labels", labels, tokens.shape)
     labels, draw = labels.to(tokens.device), generator("directions", seed)
     fit, test = labels[0::2].flatten(), labels[1::2]
     if not all(half.any() and not half.all() for half in (fit, test)): raise InputError("labels", "one kind of token only", "both kinds are needed in the even and in the odd rows")

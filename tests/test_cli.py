@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mechinterp_lib import cli
+from mechinterp_lib import attention_analysis, cli
 from mechinterp_lib.core import Result, Stage, run_stage, write_json
 from mechinterp_lib.data import char_tokenizer
 from mechinterp_lib.models import new_model, save_model
@@ -242,11 +242,14 @@ def test_lens_prints_every_layer(lettered, place, capsys):
     assert "http://" not in (place / "lens.html").read_text()[:2000]
 
 
-def test_attention_writes_a_page_that_needs_nothing(lettered, place, capsys):
+def test_attention_writes_a_page_that_needs_nothing(lettered, place, capsys, monkeypatch):
+    runs, extract = [], attention_analysis.extract_attention
+    monkeypatch.setattr(attention_analysis, "extract_attention", lambda *args: runs.append(args) or extract(*args))
     assert cli.main(["attention", str(lettered), "the cat", "--out", str(place / "a.html"), "--layer", "1"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 1
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 1 and len(runs) == 1
     page = (place / "a.html").read_text()
     assert "http" not in page and "src=" not in page and '["t", "h", "e", " ", "c", "a", "t"]' in page
+    assert cli.main(["attention", str(lettered), "the cat", "--out", str(place / "a.svg")]) == 0 and (place / "a.svg").read_text().startswith("<?xml")
 
 
 @pytest.mark.parametrize("words", [["lens", "MODEL", ""], ["lens", "MODEL", "a", "--position", "1"], ["lens", "MODEL", "a", "--save", "a.pdf"], ["lens", "MODEL", "a", "--top", "28"], ["lens", "MODEL", "a", "--mode", "tuned"],

@@ -8,8 +8,7 @@ folds it, `echo: false`, `output: false` and `code-fold: true` do what they say,
 
 turn a cell's picture into a numbered figure for {numref}`fig-stripe`, its code folded. A second `fig-cap` line continues the first.
 
-Writing: plotly's and circuitsvis's scripts are copied from the installed packages to the pages that use them, MathJax comes from
-sphinx-mathjax-offline, and what the themes would fetch from elsewhere is left out.
+Writing: plotly's script is copied from the installed package to the pages that use it, MathJax comes from sphinx-mathjax-offline, and what the themes would fetch from elsewhere is left out.
 """
 from __future__ import annotations
 
@@ -78,22 +77,15 @@ def _show_doc(output) -> None:
     output["data"]["text/markdown"] = re.sub(r"^#{1,6} (.+)$", r"**`\1`**", markdown, count=1, flags=re.M)
 
 
-_CIRCUITSVIS = re.compile(r'(<div id="circuits-vis-[^"]+"[^>]*?)/?>(?:</div>)?\s*<script crossorigin type="module">'
-                          r'.*?\brender\(\s*("[^"]+"),\s*(?:CircuitsVis\.)?(\w+),', re.S)
-
-
-def _local_scripts(output, name: str) -> None:
-    "Draw plotly and circuitsvis figures with the scripts that the book carries."
+def _local_script(output, name: str) -> None:
+    "Draw a plotly figure with the script that the book carries."
     data = output.get("data", {})
     figure = data.pop("application/vnd.plotly.v1+json", None)
-    if figure is not None:
-        height = (figure.get("layout") or {}).get("height", 420)
-        data_, layout = (json.dumps(figure.get(part, empty)).replace("</", "<\\/") for part, empty in (("data", []), ("layout", {})))
-        data["text/html"] = (f'<div id="plotly-{name}" class="plotly-figure" style="height:{height}px"></div>\n'
-                             f'<script>Plotly.newPlot("plotly-{name}", {data_}, {layout}, {{responsive: true, displaylogo: false}})</script>')
-    html = "".join(data.get("text/html", ""))
-    if "circuits-vis-" in html:
-        data["text/html"] = _CIRCUITSVIS.sub(r'\1></div>\n<script type="module">CircuitsVis.render(\2, CircuitsVis.\3,', html)
+    if figure is None: return
+    height = (figure.get("layout") or {}).get("height", 420)
+    data_, layout = (json.dumps(figure.get(part, empty)).replace("</", "<\\/") for part, empty in (("data", []), ("layout", {})))
+    data["text/html"] = (f'<div id="plotly-{name}" class="plotly-figure" style="height:{height}px"></div>\n'
+                         f'<script>Plotly.newPlot("plotly-{name}", {data_}, {layout}, {{responsive: true, displaylogo: false}})</script>')
 
 
 def _repair_outputs() -> None:
@@ -108,7 +100,7 @@ def _repair_outputs() -> None:
         count, outputs = original(self, index)
         for number, output in enumerate(outputs):
             if "show_doc(" in cell.source: _show_doc(output)
-            _local_scripts(output, f"{cell.get('id', index)}-{number}")
+            _local_script(output, f"{cell.get('id', index)}-{number}")
         return count, outputs
 
     code_cell_outputs.repaired = True
@@ -135,14 +127,12 @@ def _plain_kernel(app) -> None:
     os.environ["IPYTHONDIR"] = str(profile.parent)
 
 
-_VENDORED = {"Plotly.newPlot": ("plotly", "package_data/plotly.min.js", "vendor/plotly.min.js"),
-             "CircuitsVis.render": ("circuitsvis", "dist/cdn/iife.js", "vendor/circuitsvis.js")}
+_PLOTLY, _MATHJAX = "vendor/plotly.min.js", ("tex-chtml.js", "output/chtml", "input/tex", "ui", "a11y", "sre")
 
 
-def _page_scripts(app, pagename, templatename, context, doctree) -> None:
-    "Load a vendored script on the pages that use it."
-    for call, (_, _, name) in _VENDORED.items():
-        if call in context.get("body", ""): app.add_js_file(name, priority=100)
+def _page_script(app, pagename, templatename, context, doctree) -> None:
+    "Load plotly on the pages that use it."
+    if "Plotly.newPlot" in context.get("body", ""): app.add_js_file(_PLOTLY, priority=100)
 
 
 def _without_thebe(app) -> None:
@@ -152,18 +142,12 @@ def _without_thebe(app) -> None:
     app.registry.css_files[:] = [each for each in app.registry.css_files if "thebe" not in each[0]]
 
 
-_MATHJAX = ("tex-chtml.js", "output/chtml", "input/tex", "ui", "a11y", "sre")
-
-
 def _vendor(app, error) -> None:
     "Copy the scripts from the installed packages."
     if error or app.builder.format != "html": return
     static = Path(app.outdir) / "_static"
-    for package, inside, name in _VENDORED.values():
-        spec = find_spec(package)
-        if spec is None: continue
-        (static / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(Path(spec.origin).parent / inside, static / name)
+    (static / _PLOTLY).parent.mkdir(exist_ok=True)
+    shutil.copyfile(Path(find_spec("plotly").origin).parent / "package_data" / "plotly.min.js", static / _PLOTLY)
     mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
     for part in _MATHJAX:
         source, target = mathjax / part, static / "vendor" / "mathjax" / part
@@ -177,6 +161,6 @@ def setup(app):
     _without_thebe(app)
     app.connect("builder-inited", _plain_kernel)
     app.connect("doctree-read", _describe_pictures)
-    app.connect("html-page-context", _page_scripts)
+    app.connect("html-page-context", _page_script)
     app.connect("build-finished", _vendor)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
