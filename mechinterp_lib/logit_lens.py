@@ -383,9 +383,10 @@ def load_tuned_lens(path: str | Path, model: TransformerBridge) -> TunedLens:
     lens.check(model)
     return lens
 
-# %% ../nbs/09_logit_lens.ipynb #0f6929b9
-def fit_tuned_lens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *, steps: int = 250, batch: int = 16, lr: float = 1e-3, seed: int = 0) -> TunedLens:
+# %% ../nbs/09_logit_lens.ipynb #78d4a071
+def fit_tuned_lens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *, steps: int = 250, batch: int = 16, lr: float = 1e-3, seed: int = 0, teacher: TransformerBridge | None = None) -> TunedLens:
     """Fit a translation for every layer but the last by Adam on `steps` batches of rows of `tokens`, the KL divergence from the model's own prediction, mean over positions, as loss (Belrose et al. 2023, who use SGD). The model's weights do not change.
+    With a `teacher`, a model of the same vocabulary, the translations learn its predictions instead: those of an untrained model, taught so, say what a translation finds in a stream that training has not made.
     Memory: the streams of one batch, and its logits twice. `InputError` for what the model cannot read."""
     import torch
     check_model(model), check_range("steps", steps, 1, 10**9), check_range("batch", batch, 1, 2**31)
@@ -393,16 +394,17 @@ def fit_tuned_lens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *
     layers, draw = check_layers(model)[:-1], generator("tuned lens", seed)
     width, like = model.cfg.d_model, model.unembed.W_U
     with torch.inference_mode(False): weight, bias = (torch.zeros(shape, device=like.device, dtype=like.dtype, requires_grad=True) for shape in ((len(layers), width, width), (len(layers), width)))
+    if teacher is not None and teacher.cfg.d_vocab != model.cfg.d_vocab: raise InputError("teacher", f"a vocabulary of {teacher.cfg.d_vocab}", f"allowed: that of the model, {model.cfg.d_vocab}")
     lens, plain = TunedLens(layers, weight, bias, weights_key(model)), stream_decoder(model)
-    frozen = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for m in {model, teacher or model} for p in m.parameters() if p.requires_grad]
     for p in frozen: p.requires_grad_(False)
     try:
-        with torch.inference_mode(False), torch.enable_grad(): _fit(model, tokens, lens, plain, steps, batch, lr, draw)
+        with torch.inference_mode(False), torch.enable_grad(): _fit(model, tokens, lens, plain, steps, batch, lr, draw, teacher)
     finally:
         for p in frozen: p.requires_grad_(True)
     return TunedLens(layers, weight.detach(), bias.detach(), lens.key)
 
-def _fit(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], lens: TunedLens, plain: Callable, steps: int, batch: int, lr: float, draw: torch.Generator) -> None:
+def _fit(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], lens: TunedLens, plain: Callable, steps: int, batch: int, lr: float, draw: torch.Generator, teacher: TransformerBridge | None) -> None:
     "Adam on the lens' weight and bias, the learning rate falling to 0 on a line."
     import torch
     optimizer, last = torch.optim.Adam([lens.weight, lens.bias], lr), model.cfg.n_layers - 1
@@ -410,7 +412,7 @@ def _fit(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], lens: Tuned
         rows = tokens[torch.randint(len(tokens), (min(batch, len(tokens)),), generator=draw).to(tokens.device)]
         logits, seen = capture(model, rows, [stream_name(model, layer) for layer in [*lens.layers, last]])
         if step == 0: _check_last(model, plain, seen[stream_name(model, last)][:, -1:], logits[:, -1:])
-        end = logits.log_softmax(-1)
+        end = (logits if teacher is None else capture(teacher, rows, [])[0]).log_softmax(-1)
         for group in optimizer.param_groups: group["lr"] = lr * (1 - step / steps)
         optimizer.zero_grad()
         for layer in lens.layers:                                                             # one layer's logits at a time

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['PUBLIC_FILES', 'FAMILIES', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects', 'bos_token',
-           'token_options', 'shown_tokens', 'passages', 'moments', 'shipped_runs', 'moments_missing', 'lasting_from',
-           'over_seeds', 'key', 'kept', 'brief', 'corpus_missing', 'babyllama_missing', 'subject_files']
+__all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects',
+           'bos_token', 'token_options', 'shown_tokens', 'passages', 'moments', 'some_steps', 'shipped_runs',
+           'moments_missing', 'lasting_from', 'over_seeds', 'key', 'kept', 'brief', 'corpus_missing',
+           'babyllama_missing', 'subject_files']
 
-# %% ../nbs/13_subjects.ipynb #b1b67215
+# %% ../nbs/13_subjects.ipynb #db6b4ee3
 @dataclass(frozen=True)
 class Subject:
     "A model under study: its family and training seed, how to open it, the corpus it is shown, and the leading share of that corpus that is left out because it was trained on it."
@@ -42,6 +43,7 @@ class Subject:
 
 PUBLIC_FILES = ("babyllama-105", "babyllama-105-vocab", "tinystories-sample")
 FAMILIES = ("induction-2l", "shakespeare-induction", "shakespeare-small", "shakespeare")
+SIX_LAYERS = FAMILIES[2:]
 
 def shipped_subjects(families: Sequence[str] = FAMILIES) -> list[Subject]:
     "The shipped models of these families, whichever there are, seed by seed."
@@ -91,12 +93,17 @@ def passages(subject: Subject, model: TransformerBridge, length: int, n: int, dr
     rows = tokens[:len(tokens) // length * length].view(-1, length)
     return rows[torch.randperm(len(rows), generator=draw)[:n]]
 
-# %% ../nbs/13_subjects.ipynb #5cb624aa
+# %% ../nbs/13_subjects.ipynb #572a5112
 def moments(recipe: Recipe, seed: int, steps: Sequence[int] | None = None) -> Iterator[tuple[int, TransformerBridge]]:
     "The kept moments of a training, in order, as (step, model): all, or those at `steps`."
     tokenizer = char_tokenizer(load_text(recipe.corpus) if recipe.corpus else ALPHABET)
     for step, module in snapshots(recipe, seed):
         if steps is None or step in steps: yield step, as_bridge(module, tokenizer)
+
+def some_steps(recipe: Recipe) -> list[int]:
+    "The first ten steps at which a training keeps its weights, and of the later ones every other, back from the last: enough where a moment takes long to measure."
+    steps = sorted(recipe.snapshots)
+    return steps[:10] + steps[:9:-2][::-1]
 
 def shipped_runs(families: Sequence[str] = FAMILIES) -> list[tuple[Recipe, int]]:
     "The trainings of the shipped models of these families: recipe and seed."
