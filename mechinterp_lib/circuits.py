@@ -252,12 +252,13 @@ def _mlp_moved(state: _State, layer: int) -> None:
     made = state.pairs.replay.activation([edit], "mlp_out", layer, state.prompts)[:, state.start:]
     state.send(senders, (made - state.base("mlp_out", layer).repeat(len(state.masks), 1, 1))[:, :, None])
 
-# %% ../nbs/11_circuits.ipynb #8493d0d1
+# %% ../nbs/11_circuits.ipynb #02c71244
 def _head_weights(pairs: Pairs, part: str, layer: int) -> tuple[Float[Tensor, "head wide narrow"], Float[Tensor, "..."]] | None:
     "Weights and biases with which a layer's heads make queries, keys or values (`q`, `k`, `v`) of the normed stream, or write what they found (`o`); None where the corrupted run does not follow from them."
     import torch
     block = pairs.replay.model.blocks[layer]
-    weight, bias = (getattr(block.attn, f"{kind}_{part.upper()}", None) for kind in "Wb")
+    try: weight, bias = (getattr(block.attn, f"{kind}_{part.upper()}", None) for kind in "Wb")
+    except NotImplementedError: return None                                                     # quantised weights cannot be read
     norm, wanted = getattr(getattr(block, "ln1", None), "original_component", None), pairs.base("attn_out" if part == "o" else part, layer)[:, -1]
     if not pairs.replay.exact or norm is None or getattr(weight, "ndim", None) != 3: return None
     if part == "o": made = torch.einsum("phn,hnw->pw", pairs.base("z", layer)[:, -1], weight)
