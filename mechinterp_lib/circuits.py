@@ -128,20 +128,22 @@ def _refuse_difference(model: TransformerBridge, ours: Tensor, theirs: Tensor) -
     error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
     if not error <= 1e-3: raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): a norm stands behind its attention or MLP")
 
-# %% ../nbs/11_circuits.ipynb #8c3be560
+# %% ../nbs/11_circuits.ipynb #31d0af9a
 class Runner:
     """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model. `memory`: bytes that the circuits of a batch may take,
     roughly; one circuit on all pairs, and what each sender writes on them once, is the least. `InputError` for a model in which a layer's attention is not the sum of its heads (a norm after it)."""
     def __init__(self, model: TransformerBridge, task: Task, memory: int = MEMORY):
         self.pairs, self.graph, self.memory = graph_pairs(model, as_task(model, task), "denoise", memory), model_graph(model), memory
         self.clean, self.corrupted, self.total = self.pairs.on_clean, self.pairs.on_corrupted, int(self.graph.allowed.sum())
-        self.start = int((self.pairs.clean != self.pairs.corrupted).any(0).int().argmax())         # before this position both runs are the same
+        differs = (self.pairs.clean != self.pairs.corrupted).any(0)
+        self.start = int(differs.int().argmax()) if self.pairs.replay.exact else 0                   # before this position both runs are the same
 
     def __call__(self, masks: Bool[Tensor, "circuit sender receiver"]) -> Float[Tensor, "circuit pair"]:
         import torch
         if masks.ndim != 3 or masks.shape[1:] != self.graph.allowed.shape or masks[:, ~self.graph.allowed].any(): raise InputError("masks", tuple(masks.shape), f"allowed: [circuit, sender, receiver], {tuple(self.graph.allowed.shape)} each, without edges that run backwards")
         base, streams = self.pairs.base("resid_pre", 0), len(self.graph.senders) + 4 * self.pairs.replay.model.cfg.n_heads + 8
-        each = (streams * base[:, self.start:].numel() + 2 * base.numel()) * base.element_size()
+        computed = base[:, self.start:] if _head_weights(self.pairs, "q", 0) else base              # without the heads' own weights whole runs are computed
+        each = (streams * computed.numel() + 2 * base.numel()) * base.element_size()
         return torch.cat([self._run(some) for some in masks.split(max(1, self.memory // each))])
 
     def _run(self, masks: Bool[Tensor, "circuit sender receiver"]) -> Float[Tensor, "circuit pair"]:
@@ -150,17 +152,17 @@ class Runner:
         layer = min((layer_of(parts) for parts, lacks in zip(self.graph.receivers.values(), (masks != self.graph.allowed).any(0).any(0)) if lacks), default=self.pairs.replay.n_layers)
         below = sum(not parts or parts[0].layer < layer for parts in self.graph.senders.values())                 # senders stand in the order in which they write
         moved = self._embed if below == 1 else self._moved[:below]
-        return _climb(_State(self.pairs, self.graph, masks, layer, moved[:, :, self.start:], self.start))
+        return _climb(_State(self.pairs, self.graph, masks, layer, moved, self.start))
 
     @cached_property
-    def _embed(self) -> Float[Tensor, "one pair pos d_model"]:
+    def _embed(self) -> Float[Tensor, "one pair late d_model"]:
         "How far the embedding moves from the corrupted to the clean run."
-        return sender_changes(self.pairs, {"embed": []})
+        return sender_changes(self.pairs, {"embed": []})[:, :, self.start:].contiguous()
 
     @cached_property
-    def _moved(self) -> Float[Tensor, "sender pair pos d_model"]:
+    def _moved(self) -> Float[Tensor, "sender pair late d_model"]:
         "The same for every sender."
-        return sender_changes(self.pairs, self.graph.senders)
+        return sender_changes(self.pairs, self.graph.senders)[:, :, self.start:].contiguous()
 
     def share(self, values: Float[Tensor, "circuit pair"]) -> Float[Tensor, "circuit"]:
         "Normalised faithfulness (F(C) - F(0)) / (F(M) - F(0)), a ratio of means over pairs; `InputError` where the model does not tell the prompts apart."
@@ -204,7 +206,7 @@ class _State:
         self.sent[:, senders] = moved.unflatten(0, (len(self.masks), -1)).movedim(3, 1)
         self.moved += senders
 
-# %% ../nbs/11_circuits.ipynb #e9bef159
+# %% ../nbs/11_circuits.ipynb #9b85779e
 def _is_of(parts: Sequence[Part], layer: int, component: str) -> bool:
     "Whether a sender or receiver is of this component of this layer."
     return bool(parts) and (parts[0].layer, parts[0].component) == (layer, component)
@@ -218,6 +220,7 @@ def _late_edit(state: _State, component: str, layer: int, value: Float[Tensor, "
     "The edit that puts values in place."
     import torch
     rows, late = value.shape[:2]
+    if not state.start: return Edit(component, layer, torch.arange(rows), value)
     return Edit(component, layer, torch.arange(rows).repeat_interleave(late), value.flatten(0, 1), torch.arange(state.start, state.start + late).repeat(rows))
 
 # %% ../nbs/11_circuits.ipynb #e3584410
@@ -252,7 +255,7 @@ def _mlp_moved(state: _State, layer: int) -> None:
     made = state.pairs.replay.activation([edit], "mlp_out", layer, state.prompts)[:, state.start:]
     state.send(senders, (made - state.base("mlp_out", layer).repeat(len(state.masks), 1, 1))[:, :, None])
 
-# %% ../nbs/11_circuits.ipynb #02c71244
+# %% ../nbs/11_circuits.ipynb #c49b9f86
 def _head_weights(pairs: Pairs, part: str, layer: int) -> tuple[Float[Tensor, "head wide narrow"], Float[Tensor, "..."]] | None:
     "Weights and biases with which a layer's heads make queries, keys or values (`q`, `k`, `v`) of the normed stream, or write what they found (`o`); None where the corrupted run does not follow from them."
     import torch
@@ -264,6 +267,7 @@ def _head_weights(pairs: Pairs, part: str, layer: int) -> tuple[Float[Tensor, "h
     if part == "o": made = torch.einsum("phn,hnw->pw", pairs.base("z", layer)[:, -1], weight)
     else: made = torch.einsum("pw,hwn->phn", norm(pairs.base("resid_pre", layer)[:, -1]), weight)
     bias = torch.zeros_like(wanted[0]) if bias is None else bias
+    if made.shape != wanted.shape: return None
     return (weight, bias) if (made + bias - wanted).abs().max() <= TOLERANCE * wanted.abs().max() else None
 
 def _made_alone(state: _State, part: str, layer: int, heads: list[int], streams: Float[Tensor, "circuit head pair late d_model"]) -> Float[Tensor, "row late head d_head"]:
@@ -329,7 +333,7 @@ def _run_bytes(pairs: Pairs, graph: Graph) -> int:
     of_layer = 10 * cfg.d_model + 6 * (cfg.n_heads * cfg.d_head + (0 if cfg.attn_only else cfg.d_mlp or 0)) + 4 * cfg.n_heads * n_pos
     return pairs.unpatched.element_size() * n_pos * (cfg.n_layers * of_layer + 3 * cfg.d_vocab + (2 * len(graph.senders) + 8 * cfg.n_heads) * cfg.d_model)
 
-# %% ../nbs/11_circuits.ipynb #efc4cc59
+# %% ../nbs/11_circuits.ipynb #1dfedd59
 def _read_gradients(pairs: Pairs, graph: Graph, prompts: Int[Tensor, "prompt"], points: Float[Tensor, "point"]) -> Iterator[tuple[list[int], Float[Tensor, "receiver prompt pos d_model"]]]:
     "The gradient of the metric with respect to what receivers read, those of one component of a layer after the other; its sum over points between the base (0) and the source embedding (1)."
     import torch
@@ -358,7 +362,11 @@ def _read_gradients(pairs: Pairs, graph: Graph, prompts: Int[Tensor, "prompt"], 
         (component, layer), = place
         if (component, before_mlp) == ("mlp_out", "resid_mid"): yield readers, over_points((own["resid_mid", layer] - own[("resid_pre", layer + 1) if layer < last else ("resid_post", last)])[None]); continue
         heads, weight = [part.head for part, in reading], own[component, layer][None]
-        if heads != [None]: weight = weight * torch.eye(weight.shape[3]).to(weight)[heads, None, None, :, None]                         # each head's alone
+        if heads != [None] and (known := _head_weights(pairs, component, layer)):                                                        # each head's alone, by its own slice of the projection
+            stream = seen[reads[component], layer]
+            made, weight = model.blocks[layer].ln1.original_component(stream), torch.einsum("rphn,hwn->hrpw", weight[0][:, :, heads], known[0][heads])
+            yield readers, over_points(torch.autograd.grad(made, stream, weight, retain_graph=True, is_grads_batched=True)[0]); continue
+        if heads != [None]: weight = weight * torch.eye(weight.shape[3]).to(weight)[heads, None, None, :, None]
         yield readers, over_points(torch.autograd.grad(seen[component, layer], zeros[reads[component], layer], weight, retain_graph=True, is_grads_batched=True)[0])
 
 # %% ../nbs/11_circuits.ipynb #7cd2e567

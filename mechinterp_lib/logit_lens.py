@@ -383,10 +383,10 @@ def load_tuned_lens(path: str | Path, model: TransformerBridge) -> TunedLens:
     lens.check(model)
     return lens
 
-# %% ../nbs/09_logit_lens.ipynb #78d4a071
+# %% ../nbs/09_logit_lens.ipynb #4049a45c
 def fit_tuned_lens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *, steps: int = 250, batch: int = 16, lr: float = 1e-3, seed: int = 0, teacher: TransformerBridge | None = None) -> TunedLens:
     """Fit a translation for every layer but the last by Adam on `steps` batches of rows of `tokens`, the KL divergence from the model's own prediction, mean over positions, as loss (Belrose et al. 2023, who use SGD). The model's weights do not change.
-    With a `teacher`, a model of the same vocabulary, the translations learn its predictions instead: those of an untrained model, taught so, say what a translation finds in a stream that training has not made.
+    With a `teacher`, a model of the same vocabulary, the translations learn its predictions instead, still decoded by the model's own final norm and unembedding. `InputError` for a teacher of another vocabulary.
     Memory: the streams of one batch, and its logits twice. `InputError` for what the model cannot read."""
     import torch
     check_model(model), check_range("steps", steps, 1, 10**9), check_range("batch", batch, 1, 2**31)

@@ -285,7 +285,7 @@ def snapshots(recipe: Recipe, seed: int) -> Iterator[tuple[int, nn.Module]]:
         path = run_dir(recipe, seed) / f"step{step:05d}.safetensors"
         if path.exists(): yield step, load_weights(path, new_model(recipe.architecture, seed)).eval()
 
-# %% ../nbs/05_training.ipynb #d60599b5
+# %% ../nbs/05_training.ipynb #19c9bb75
 @dataclass
 class _Run:
     "A training in progress."
@@ -314,13 +314,6 @@ class _Run:
         self.step += 1
         self.seconds += time.monotonic() - began
 
-    @property
-    def finished(self) -> bool:
-        "Whether all steps are done, or the last `patience` of them brought no lower validation loss."
-        if not self.log or self.recipe.patience is None: return self.step == self.recipe.steps
-        best = min(self.log, key=lambda entry: entry["validation_loss"])
-        return self.step == self.recipe.steps or self.log[-1]["step"] - best["step"] >= self.recipe.patience
-
     def snapshot(self) -> None:
         if self.step in self.recipe.snapshots: _save_weights(self.folder / f"step{self.step:05d}.safetensors", self.module)
 
@@ -333,7 +326,12 @@ class _Run:
         self.losses = []
         return self.log[-1]
 
-# %% ../nbs/05_training.ipynb #eec7704c
+# %% ../nbs/05_training.ipynb #1790fa6a
+def _finished(run: _Run) -> bool:
+    "Whether all steps are done, or the last `patience` of them brought no lower validation loss."
+    best = min(run.log, key=lambda entry: entry["validation_loss"], default=None)
+    return run.step == run.recipe.steps or best is not None and run.recipe.patience is not None and run.log[-1]["step"] - best["step"] >= run.recipe.patience
+
 def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedTokenizerFast]:
     "A run at its last checkpoint, or at step 0."
     text = load_text(recipe.corpus) if recipe.corpus else ALPHABET
@@ -364,30 +362,30 @@ def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
     save_model(module, tokenizer, out, training=record)
     return record
 
-# %% ../nbs/05_training.ipynb #5bfbe5ae
+# %% ../nbs/05_training.ipynb #b1c6c5df
 def model_dir(recipe: Recipe, seed: int) -> Path:
     "Where the finished model of a run goes unless another folder is named: `models/NAME/seedN`."
     return home() / "models" / recipe.name / f"seed{seed}"
 
 def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: str | None = None, until: int | None = None,
           checkpoint_every: int = 50, progress: bool | None = None) -> dict | None:
-    "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); `until` stops early, without writing a model, and returns None."
+    "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); `until` stops early, without writing a model, and returns None, unless the recipe's patience ended the run before."
     from tqdm import tqdm
     folder = check_model_folder(out or model_dir(recipe, seed))
     goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
     run, tokenizer = _start(recipe, seed, pick_device(device))
     began, first = time.monotonic(), run.step
-    if run.step and progress is not False: print(f"going on from step {run.step} of {recipe.steps}", flush=True)
+    if run.step and not _finished(run) and progress is not False: print(f"going on from step {run.step} of {recipe.steps}", flush=True)
     with tqdm(total=recipe.steps, initial=run.step, unit="step", disable=None if progress is None else not progress, desc=f"{recipe.name}/seed{seed}") as bar:
-        while run.step < goal and not run.finished:
+        while run.step < goal and not _finished(run):
             run.advance()
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
                 entry = run.evaluate()
                 if bar.disable and progress is not False: print(json.dumps(entry), flush=True)
-            if run.step % checkpoint_every == 0 or run.step == goal or run.finished: _save_checkpoint(run.folder / "checkpoint.pt", run)
+            if run.step % checkpoint_every == 0 or run.step == goal or _finished(run): _save_checkpoint(run.folder / "checkpoint.pt", run)
             if run.step % 10 == 0:
                 speed = (run.step - first) * recipe.batch_size * recipe.n_ctx / (time.monotonic() - began)
                 bar.set_postfix(loss=f"{run.losses[-1] if run.losses else entry['train_loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
             bar.update()
     run.snapshot()
-    return _finish(run, tokenizer, folder) if run.finished else None
+    return _finish(run, tokenizer, folder) if _finished(run) else None

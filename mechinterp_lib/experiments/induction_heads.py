@@ -142,7 +142,7 @@ def copying_stage(chosen: Callable[[], list[Subject]], tag: str) -> tuple[dict[s
     results = {key(family, name): over_seeds(values, *describe(name)) for (family, name), values in families.items()}
     return kept(results), {f"copying_{tag}": pd.DataFrame(rows), f"scores_{tag}": pd.concat(scores)}
 
-# %% ../../nbs/20_induction_heads.ipynb #4767d670
+# %% ../../nbs/20_induction_heads.ipynb #c6aa96c6
 def moment(model: TransformerBridge, subject: Subject, n: int = 48) -> dict[str, float | str]:
     "The best heads and their scores, copying, and the probability of the right continuation after one and two agreeing characters, on `n` sequences each."
     length, shown = copy_length(model), stimuli(subject, model, "measure", n)
@@ -156,7 +156,7 @@ def course(recipe: Recipe, seed: int) -> pd.DataFrame:
     "`moment` at the kept steps of one run, of six layers at some of them; one row a step."
     import pandas as pd
     subject = Subject(recipe.name, seed, lambda: None)
-    return pd.DataFrame([{"model": recipe.name, "seed": seed, "step": step, **moment(model, subject)} for step, model in moments(recipe, seed, some_steps(recipe) if recipe.name in SIX_LAYERS else None)])
+    return pd.DataFrame([{"model": recipe.name, "seed": seed, "step": step, **moment(model, subject)} for step, model in moments(recipe, seed, some_steps(recipe, seed) if recipe.name in SIX_LAYERS else None)])
 
 def phase_change(course: pd.DataFrame, column: str = "random_second_accuracy", least: float = 0.1) -> int | None:
     "The first kept step from which on `column` has made half of its way from the first row to the last; None if it rose by less than `least`."
