@@ -30,10 +30,11 @@ def decoding(model, tokens):
     "A function that decodes and measures every layer of one chunk, given its streams; and how many chunks there are."
     rows, decode, layers = tokens[:CHUNK], stream_decoder(model), check_layers(model)
     logits, seen = capture(model, rows, {stream_name(model, layer) for layer in layers})
-    end = logits[:, :-1].log_softmax(-1)
+    final = logits[:, :-1].log_softmax(-1)
     def run():
         with torch.no_grad():
-            for layer in layers: lens_measures(decode(seen[stream_name(model, layer)][:, :-1], layer).log_softmax(-1), end, rows[:, 1:])
+            end, best = final.exp(), final.argmax(-1)
+            for layer in layers: lens_measures(decode(seen[stream_name(model, layer)][:, :-1], layer).log_softmax(-1), final, rows[:, 1:], end, best)
     return run, len(tokens) / len(rows)
 
 
@@ -44,8 +45,9 @@ def cached(model, tokens):
         with torch.no_grad():
             logits, cache = model.run_with_cache(rows, names_filter=lambda name: name.endswith(("resid_pre", "resid_post", "ln_final.hook_scale")))
             streams = [cache["resid_pre", 0]] + [cache["resid_post", layer] for layer in range(model.cfg.n_layers)]
-            end = logits[:, :-1].log_softmax(-1)
-            found.append(torch.stack([lens_measures(model.unembed(model.ln_final(stream[:, :-1])).log_softmax(-1), end, rows[:, 1:])["kl"].mean(1) for stream in streams]))
+            final = logits[:, :-1].log_softmax(-1)
+            end, best = final.exp(), final.argmax(-1)
+            found.append(torch.stack([lens_measures(model.unembed(model.ln_final(stream[:, :-1])).log_softmax(-1), final, rows[:, 1:], end, best)["kl"].mean(1) for stream in streams]))
     return torch.cat(found, 1)
 
 

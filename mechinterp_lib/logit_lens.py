@@ -149,7 +149,7 @@ def analyze(model: TransformerBridge, text: Inputs, **options) -> Lens:
     "`logit_lens` at every position; the same options."
     return logit_lens(model, text, **{"target_position": None, **options})
 
-# %% ../nbs/09_logit_lens.ipynb #f15c9a75
+# %% ../nbs/09_logit_lens.ipynb #663f5063
 def _places(lens: Lens) -> list[tuple[int, int, int]]:
     "Prompt, place among the positions, and position of each reading that is not padding."
     return [(row, i, pos) for row in range(len(lens.tokens)) for i, pos in enumerate(lens.positions) if lens.mask is None or lens.mask[row, pos]]
@@ -165,11 +165,12 @@ def _top(lens: Lens) -> pd.DataFrame:
             rows += [{"layer": layer, "depth": depth(lens.model, layer), "prompt": row, "pos": pos, "rank": k, "token": name, "probability": round(p, 6)} for k, (name, p) in enumerate(zip(names, best.values[row, i].exp().tolist()))]
     return pd.DataFrame(rows)
 
-def lens_measures(log_probabilities: Float[Tensor, "... d_vocab"], final: Float[Tensor, "... d_vocab"], targets: Int[Tensor, "..."]) -> dict[str, Float[Tensor, "..."]]:
-    "`entropy`, `kl` from the model's own prediction to this one, `cross_entropy` of `targets` (nats), and whether the best token is that of the end (`agrees`, 0 or 1)."
-    p, end = log_probabilities.exp(), final.exp()
+def lens_measures(log_probabilities: Float[Tensor, "... d_vocab"], final: Float[Tensor, "... d_vocab"], targets: Int[Tensor, "..."], end: Float[Tensor, "... d_vocab"] | None = None, best: Int[Tensor, "..."] | None = None) -> dict[str, Float[Tensor, "..."]]:
+    """`entropy`, `kl` from the model's own prediction to this one, `cross_entropy` of `targets` (nats), and whether the best token is that of the end (`agrees`, 0 or 1). `final`: the log probabilities of the end; its
+    probabilities `end` and best tokens `best` are made here unless many layers share them."""
+    p, end, best = log_probabilities.exp(), final.exp() if end is None else end, final.argmax(-1) if best is None else best
     return {"entropy": -(p * log_probabilities).nansum(-1), "kl": (end * (final - log_probabilities)).nansum(-1), "cross_entropy": -log_probabilities.gather(-1, targets[..., None])[..., 0],
-            "agrees": (log_probabilities.argmax(-1) == final.argmax(-1)).to(p)}
+            "agrees": (log_probabilities.argmax(-1) == best).to(p)}
 
 # %% ../nbs/09_logit_lens.ipynb #695bb479
 def _summary(lens: Lens) -> pd.DataFrame:
@@ -310,7 +311,7 @@ def plot_prediction_evolution(lens: Lens, answers: Sequence[str | int] | None = 
     frames = [lens.of(answer).loc[lambda frame: (frame.prompt == prompt) & (frame.pos == lens.positions[-1])].assign(token=repr(name_of(answer))) for answer in best]
     return line_plot(pd.concat(frames), "depth", measure, x_label="depth (0: embedding, 1: last layer)", y_label=measure, colour="token", markers=True)
 
-# %% ../nbs/09_logit_lens.ipynb #7e90f3a6
+# %% ../nbs/09_logit_lens.ipynb #ffccf93c
 def lens_statistics(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], mode: str = "norm", layers: Iterable[Layer] | None = None, *, norm: str = "final", tuned: TunedLens | None = None,
                     compare: Callable[[Float[Tensor, "batch pos_minus_1 d_vocab"], Int[Tensor, "batch pos"]], Mapping[str, Float[Tensor, "batch pos_minus_1"]]] | None = None, chunk: int = 16) -> dict[str, Float[np.ndarray, "layer batch"]]:
     """`entropy`, `kl`, `cross_entropy` (nats) and `agrees` as in `lens_measures`, means over the positions of each sequence but the last, for each layer; beside them, under other names, what `compare(log_probabilities, tokens)` measures at these positions. Memory: the streams of `chunk` sequences and a few times one layer's logits of them. `InputError` for a single position, or what `compare` should not return."""
@@ -322,13 +323,14 @@ def lens_statistics(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], 
     for rows in tokens.split(check_range("chunk", chunk, 1, 2**31)):
         logits, seen = capture(model, rows, {stream_name(model, layer) for layer in [*layers, model.cfg.n_layers - 1]})
         _check_last(model, decode, seen[stream_name(model, model.cfg.n_layers - 1)][:, -1:], logits[:, -1:])
-        end, measured = logits[:, :-1].log_softmax(-1), []
+        final, measured = logits[:, :-1].log_softmax(-1), []
+        end, best = final.exp(), final.argmax(-1)
         for layer in layers:
             with torch.no_grad():
                 said = decode(seen[stream_name(model, layer)][:, :-1], layer).log_softmax(-1)
-                here = lens_measures(said, end, rows[:, 1:])
+                here = lens_measures(said, final, rows[:, 1:], end, best)
                 for name, value in (compare(said, rows) if compare else {}).items():
-                    if name in here or getattr(value, "shape", None) != end.shape[:2]: raise InputError("compare", f"{name}: {tuple(getattr(value, 'shape', ()))}", f"it must return other names than {', '.join(here)}, and tensors {tuple(end.shape[:2])}")
+                    if name in here or getattr(value, "shape", None) != best.shape: raise InputError("compare", f"{name}: {tuple(getattr(value, 'shape', ()))}", f"it must return other names than {', '.join(here)}, and tensors {tuple(best.shape)}")
                     here[name] = value
             measured.append({name: value.double().mean(1).cpu().numpy() for name, value in here.items()})
         for name in measured[0]: found.setdefault(name, []).append(np.stack([of[name] for of in measured]))
