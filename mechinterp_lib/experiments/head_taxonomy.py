@@ -272,16 +272,16 @@ def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     means = lambda rows: pd.DataFrame([{name: value.mean() if name in ("change", "control") else value for name, value in row.items()} for row in rows]).round(6)
     return kept(results), {"single": means(single), "grouped": means(grouped)}
 
-# %% ../../nbs/21_head_taxonomy.ipynb #e429cb80
+# %% ../../nbs/21_head_taxonomy.ipynb #1d1c0368
 _OURS, _ALL = partial(subject_files, SIX_LAYERS, "tinyshakespeare"), partial(subject_files, SIX_LAYERS, "tinyshakespeare", *PUBLIC_FILES)
-def _roles_file() -> list[Path]: return [results_dir(EXPERIMENT) / "roles.csv"]
+def _with_roles() -> list[Path]: return _ALL() + [results_dir(EXPERIMENT) / "roles.csv"]
 
 STAGES = {
     "roles": Stage(roles_stage, {"texts": TEXTS, "large": LARGE, "q": 0.05, "untrained": len(NULL_SEEDS)}, range(5), _ALL, babyllama_missing),
     "distances": Stage(distances_stage, {"texts": TEXTS, "distances": DISTANCES}, range(5), _OURS, corpus_missing),
-    "stability": Stage(stability_stage, {"deals": 200}, range(5), _roles_file),
+    "stability": Stage(stability_stage, {"deals": 200}, range(5), _with_roles),
     "course": Stage(course_stage, {"texts": TEXTS // 2, "large": LARGE}, range(5), _OURS, lambda: corpus_missing() or moments_missing(shipped_runs(SIX_LAYERS))),
-    "ablation": Stage(ablation_stage, {"texts": ABLATED, "sets": SETS, "methods": list(METHODS)}, range(5), lambda: _ALL() + _roles_file(), babyllama_missing),
+    "ablation": Stage(ablation_stage, {"texts": ABLATED, "sets": SETS, "methods": list(METHODS)}, range(5), _with_roles, babyllama_missing),
 }
 
 # %% ../../nbs/21_head_taxonomy.ipynb #e108f1ba
