@@ -42,12 +42,12 @@ __all__ = ['PURPOSES', 'MEASURES', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS',
            'WINDOW', 'PASSAGES', 'STAGES', 'copy_length', 'stimuli', 'unrelated', 'copying', 'best_heads', 'measure',
            'describe', 'result_frame', 'copying_families', 'copying_stage', 'moment', 'course', 'phase_change',
            'plateau', 'course_stage', 'diet_recipe', 'diets', 'match_rows', 'match_stage', 'last_weights',
-           'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets', 'ablations', 'outcomes',
-           'ablation_effects', 'ablation_stage', 'composition_effects', 'composition_row', 'edge_effects',
-           'circuit_figure', 'composition_stage', 'patching_maps', 'patching_paths', 'patching_gap', 'telling_subjects',
-           'patching_stage', 'patching_figure', 'circuit_rows', 'circuits_stage', 'trained_on_text', 'reach',
-           'local_task', 'local_rows', 'context_stage', 'lens_rows', 'lens_stage', 'lens_figure', 'heads_stage',
-           'analysis', 'attention_figure', 'findings']
+           'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets', 'reference_means',
+           'ablations', 'outcomes', 'ablation_effects', 'ablation_stage', 'composition_effects', 'composition_row',
+           'edge_effects', 'circuit_figure', 'composition_stage', 'patching_maps', 'patching_paths', 'patching_gap',
+           'telling_subjects', 'patching_stage', 'patching_figure', 'circuit_rows', 'circuits_stage', 'trained_on_text',
+           'reach', 'local_task', 'local_rows', 'context_stage', 'lens_rows', 'lens_stage', 'lens_figure',
+           'heads_stage', 'analysis', 'attention_figure', 'findings']
 
 # %% ../../nbs/20_induction_heads.ipynb #40e493cc
 def copy_length(model: TransformerBridge) -> int:
@@ -301,20 +301,24 @@ def matched_sets(heads: list[Head], others: list[Head], most: int = 5) -> list[t
     sets = list(itertools.combinations(pool, len(heads)))
     return [sets[i] for i in np.random.default_rng(0).permutation(len(sets))[:most]] if heads else []
 
-# %% ../../nbs/20_induction_heads.ipynb #56e6d662
-def ablations(model: TransformerBridge, heads: Sequence[Head], method: str, reference: Int[Tensor, "batch pos"]) -> dict[str, Callable]:
-    "What `replaced` puts in the place of `z` of `heads`: zero, its mean over `reference`, or that of the neighbouring sequence of the batch."
+# %% ../../nbs/20_induction_heads.ipynb #602f6af3
+def reference_means(model: TransformerBridge, reference: Int[Tensor, "batch pos"], layers: Sequence[int]) -> dict[str, Float[Tensor, "head d_head"]]:
+    "The mean of `z` over the sequences and positions of `reference`, by the name of its hook."
+    return {name: z.mean((0, 1)) for name, z in capture(model, reference, [hook_name(model, "z", layer) for layer in layers])[1].items()}
+
+def ablations(model: TransformerBridge, heads: Sequence[Head], method: str, reference: Int[Tensor, "batch pos"], means: dict[str, Float[Tensor, "head d_head"]] | None = None) -> dict[str, Callable]:
+    "What `replaced` puts in the place of `z` of `heads`: zero, its mean over `reference` (`means`, if they are known), or that of the neighbouring sequence of the batch."
     check_choice("method", method, ["zero", "mean", "resample"])
     for layer, head in heads: check_range("layer", layer, 0, model.cfg.n_layers), check_range("head", head, 0, model.cfg.n_heads)
     layers = sorted({layer for layer, _ in heads})
-    kept = capture(model, reference, [hook_name(model, "z", layer) for layer in layers])[1] if method == "mean" else {}
+    if method == "mean" and means is None: means = reference_means(model, reference, layers)
     def ablation(layer: int) -> Callable:
         "What becomes of a layer's `z`."
         chosen = [head for at, head in heads if at == layer]
         def new_z(z: Float[Tensor, "batch pos head d_head"]) -> Float[Tensor, "batch pos head d_head"]:
             "`z` with the chosen heads removed."
             if method == "resample" and len(z) < 2: raise InputError("tokens", "a batch of one sequence", "resampling needs another sequence in the batch")
-            other = {"zero": lambda: z * 0, "mean": lambda: kept[hook_name(model, "z", layer)].mean((0, 1)).expand_as(z), "resample": lambda: z.roll(1, 0)}[method]()
+            other = {"zero": lambda: z * 0, "mean": lambda: means[hook_name(model, "z", layer)].expand_as(z), "resample": lambda: z.roll(1, 0)}[method]()
             return _with_heads(z, chosen, other)
         return new_z
     return {hook_name(model, "z", layer): ablation(layer) for layer in layers}
@@ -325,16 +329,19 @@ def _with_heads(activation: Float[Tensor, "batch pos head d_head"], chosen: Sequ
     new[:, :, chosen] = other[:, :, chosen]
     return new
 
-# %% ../../nbs/20_induction_heads.ipynb #9bdc389a
-def outcomes(subject: Subject, model: TransformerBridge, heads: Sequence[Head] = (), method: str = "zero", n: int = 64) -> dict[str, Float[np.ndarray, "batch"]]:
-    "Second-copy losses, text loss and in-context learning score, one number a sequence, without `heads`; means are taken over the choosing sequences of the same kind."
-    length, bos, n_ctx, values = copy_length(model), bos_token(model) is not None, model.cfg.n_ctx, {}
+# %% ../../nbs/20_induction_heads.ipynb #46818194
+def outcomes(subject: Subject, model: TransformerBridge, heads: Sequence[Head] = (), method: str = "zero", n: int = 64, known: dict[str, dict] | None = None) -> dict[str, Float[np.ndarray, "batch"]]:
+    "Second-copy losses, text loss and in-context learning score, one number a sequence, without `heads`; means are taken over the choosing sequences of the same kind, and kept in `known` for the next call."
+    length, bos, n_ctx, values, known = copy_length(model), bos_token(model) is not None, model.cfg.n_ctx, {}, {} if known is None else known
     reference = stimuli(subject, model, "choose", n)
+    def removed(kind: str, rows: Int[Tensor, "batch pos"]) -> dict[str, Callable]:
+        "The ablation, with the means of this kind of sequences."
+        if method == "mean" and kind not in known: known[kind] = reference_means(model, rows, range(model.cfg.n_layers))
+        return ablations(model, heads, method, rows, known.get(kind))
     for stimulus, tokens in stimuli(subject, model, "measure", n).items():
-        with replaced(model, ablations(model, heads, method, reference[stimulus])):
-            values[f"{stimulus}_second_loss"] = copy_metrics(model, tokens, length, bos=bos)["second_loss"]
+        with replaced(model, removed(stimulus, reference[stimulus])): values[f"{stimulus}_second_loss"] = copy_metrics(model, tokens, length, bos=bos)["second_loss"]
     text = passages(subject, model, n_ctx, 2 * n, generator("text"))
-    with replaced(model, ablations(model, heads, method, text[n:])): losses = position_losses(model, text[:n])
+    with replaced(model, removed("text", text[n:])): losses = position_losses(model, text[:n])
     values |= {"text_loss": losses.mean(1), "in_context_score": in_context_score(losses, slice(n_ctx // 16, n_ctx // 8), slice(-(n_ctx // 8), None))}
     return {name: value.double().numpy() for name, value in values.items()}
 
@@ -345,10 +352,10 @@ def ablation_effects(subject: Subject) -> tuple[list[dict], dict[str, Float[np.n
     some = [strong["other"][i] for i in sorted(np.random.default_rng(0).permutation(len(strong["other"]))[:8])]
     sets = [("induction", strong["induction"]), ("previous", strong["previous"])] + [("matched", heads) for heads in matched_sets(strong["induction"], strong["other"])]
     sets += [(f"single_{kind}", [head]) for kind, heads in (strong | {"other": some}).items() for head in heads]
-    intact, rows = outcomes(subject, model), []
+    intact, rows, known = outcomes(subject, model), [], {}
     for (group, heads), method in itertools.product(sets, ("zero", "mean", "resample")):
         if not heads: continue
-        after = outcomes(subject, model, heads, method)
+        after = outcomes(subject, model, heads, method, known=known)
         rows += [{"model": subject.family, "seed": subject.seed, "group": group, "heads": " ".join(itertools.starmap(head_label, heads)), "method": method,
                   "measure": name, "change": after[name] - intact[name]} for name in intact]
     return rows, intact
