@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 # %% auto #0
-__all__ = ['InputError', 'check_choice', 'check_range', 'home', 'cache_dir', 'atomic_path', 'write_text', 'write_json',
-           'read_json', 'sha256', 'seed_for', 'generator', 'seeded', 'pick_device', 'pick_dtype', 'Result',
-           'file_hashes', 'provenance', 'results_dir', 'load_results', 'load_table', 'save_results', 'compare_results',
-           'Stage', 'run_stage']
+__all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_suffix', 'home', 'cache_dir', 'atomic_path',
+           'write_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator', 'seeded', 'pick_device',
+           'pick_dtype', 'Result', 'file_hashes', 'provenance', 'results_dir', 'load_results', 'load_table',
+           'save_results', 'compare_results', 'Stage', 'run_stage']
 
 # %% ../nbs/00_core.ipynb #9ed30da1
 class InputError(ValueError):
@@ -41,6 +41,13 @@ def check_range(argument: str, value: int, low: int, high: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value < high:
         raise InputError(argument, value, f"allowed: an integer from {low} to {high - 1}" if high > low else "nothing is allowed here")
     return int(value)
+
+# %% ../nbs/00_core.ipynb #946f7427
+PICTURES = (".html", ".svg", ".png")
+
+def check_suffix(argument: str, path: str | Path, allowed: Sequence[str] = PICTURES) -> str:
+    "The suffix of `path` in lower case; an `InputError` that lists those that are `allowed`, otherwise."
+    return check_choice(argument, Path(path).suffix.lower(), allowed)
 
 # %% ../nbs/00_core.ipynb #b5fba785
 def home() -> Path:
