@@ -386,7 +386,7 @@ def load_tuned_lens(path: str | Path, model: TransformerBridge) -> TunedLens:
     return lens
 
 # %% ../nbs/09_logit_lens.ipynb #4049a45c
-def fit_tuned_lens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *, steps: int = 250, batch: int = 16, lr: float = 1e-3, seed: int = 0, teacher: TransformerBridge | None = None) -> TunedLens:
+def fit_tuned_lens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], *, steps: int = 250, batch: int = 16, lr: float = 5e-3, seed: int = 0, teacher: TransformerBridge | None = None) -> TunedLens:
     """Fit a translation for every layer but the last by Adam on `steps` batches of rows of `tokens`, the KL divergence from the model's own prediction, mean over positions, as loss (Belrose et al. 2023, who use SGD). The model's weights do not change.
     With a `teacher`, a model of the same vocabulary, the translations learn its predictions instead, still decoded by the model's own final norm and unembedding. `InputError` for a teacher of another vocabulary.
     Memory: the streams of one batch, and its logits twice. `InputError` for what the model cannot read."""

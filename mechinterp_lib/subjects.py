@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects',
-           'bos_token', 'token_options', 'shown_tokens', 'passages', 'moments', 'some_steps', 'shipped_runs',
-           'moments_missing', 'lasting_from', 'over_seeds', 'key', 'kept', 'brief', 'corpus_missing',
+           'bos_token', 'token_options', 'subject_tokens', 'shown_tokens', 'passages', 'moments', 'some_steps',
+           'shipped_runs', 'moments_missing', 'lasting_from', 'over_seeds', 'key', 'kept', 'brief', 'corpus_missing',
            'babyllama_missing', 'subject_files']
 
 # %% ../nbs/13_subjects.ipynb #db6b4ee3
@@ -75,11 +75,16 @@ def token_options(model: TransformerBridge) -> dict[str, int | None]:
     bos = bos_token(model)
     return {"bos": bos, "low": 0 if bos is None else bos + 2}
 
-def shown_tokens(subject: Subject, model: TransformerBridge) -> Int[Tensor, "pos"]:
-    "The part of the subject's corpus that it is shown; the marks between stories are left out."
+def subject_tokens(subject: Subject, model: TransformerBridge) -> tuple[Int[Tensor, "pos"], Int[Tensor, "other"]]:
+    "The subject's corpus in two parts: what it was trained on (as far as it is known), and what it is shown. The marks between stories are left out."
     text = load_text(subject.corpus).replace("<|endoftext|>\n", "")
     tokens = _encoded(model.tokenizer, text if "\n" in model.tokenizer.get_vocab() else text.replace("\n", " "))
-    return tokens[int(len(tokens) * subject.trained_share):].clone()
+    cut = int(len(tokens) * subject.trained_share)
+    return tokens[:cut].clone(), tokens[cut:].clone()
+
+def shown_tokens(subject: Subject, model: TransformerBridge) -> Int[Tensor, "pos"]:
+    "The part of the subject's corpus that it is shown."
+    return subject_tokens(subject, model)[1]
 
 @lru_cache(maxsize=4)
 def _encoded(tokenizer: PreTrainedTokenizerFast, text: str) -> Int[Tensor, "pos"]:
