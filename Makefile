@@ -1,6 +1,6 @@
 # make book   run every chapter and build the site; says where it is and what was found
 # make test   exported code, notebooks, the book with warnings as errors, pytest
-# make bench  race patch scans and the lens against TransformerLens, edge scores against auto-circuit (15 minutes; on a quiet machine they are written to results/benchmarks)
+# make bench  race patch scans and the lens against TransformerLens, edge scores against auto-circuit, training against transformers.Trainer (20 minutes; on a quiet machine they are written to results/benchmarks)
 # make serve  the built site at http://localhost:$(PORT)
 # make clean  remove what was built; `make distclean` removes .venv too
 #
@@ -46,6 +46,7 @@ bench: .venv/.ready
 	@$(ENV) python benchmarks/patching_speed.py
 	@$(ENV) python benchmarks/circuit_speed.py
 	@$(ENV) python benchmarks/lens_speed.py
+	@$(ENV) python benchmarks/training_speed.py
 
 serve:
 	@test -f $(SITE)/index.html || { echo "no book yet: run make book"; exit 2; }

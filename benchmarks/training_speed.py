@@ -1,19 +1,21 @@
 """Race our training loop against transformers.Trainer: same model, data, batch, precision, optimiser and processor, in turn, in one process.
 
-    python benchmarks/training_speed.py [--recipe shakespeare-small] [--steps 12] [--rounds 3]
+    python benchmarks/training_speed.py [--recipe shakespeare-small] [--steps 12] [--rounds 3]      written to results/benchmarks/ if the machine was quiet
+    python benchmarks/training_speed.py --quick                                                     2 steps, one round; nothing is written
 
-Trainer runs bfloat16 autocast on the same architecture, with each of transformers' attention functions that it offers for this model; what
+Trainer runs in the same precision (bfloat16 autocast where our loop does) on the same architecture, with each of transformers' attention functions that it offers for this model; what
 it is slower in (attention's backward pass, dropout's random numbers) is what `mechinterp_lib.training` changes. Needs `accelerate`.
 """
-import argparse, statistics, tempfile, time
+import argparse, statistics, sys, tempfile, time
 
-import torch
+import pandas as pd, torch
 from transformers import Trainer, TrainingArguments
 
-from mechinterp_lib.core import seeded
+from mechinterp_lib.core import provenance, save_results, seeded
 from mechinterp_lib.models import new_model
 from mechinterp_lib.training import (Recipe, _optimizer, learning_rate, load_recipe, mixed_precision, training_batch, training_step, use_byte_dropout,
                                      use_float32_attention)
+from patching_speed import Others
 
 
 class Rows(torch.utils.data.Dataset):
@@ -61,21 +63,25 @@ def main() -> None:
     options.add_argument("--recipe", default="shakespeare-small")
     options.add_argument("--steps", type=int, default=12)
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--quick", action="store_true")
     args = options.parse_args()
-    recipe = load_recipe(args.recipe)
+    steps, rounds = (2, 1) if args.quick else (args.steps, args.rounds)
+    recipe, began = load_recipe(args.recipe), time.monotonic()
     tokens = torch.randint(65, (100_000,), generator=torch.Generator().manual_seed(0))      # speed does not depend on the text
-    runs = {"ours": lambda: ours(recipe, tokens, args.steps), "Trainer, sdpa attention": lambda: trainer(recipe, tokens, args.steps, "sdpa"),
-            "Trainer, eager attention": lambda: trainer(recipe, tokens, args.steps, "eager")}
+    runs = {"ours": lambda: ours(recipe, tokens, steps), "Trainer, sdpa attention": lambda: trainer(recipe, tokens, steps, "sdpa"),
+            "Trainer, eager attention": lambda: trainer(recipe, tokens, steps, "eager")}
     times = {name: [] for name in runs}
-    for _ in range(args.rounds):
-        for name, run in runs.items(): times[name].append(run())
-    tokens_a_step = recipe.batch_size * recipe.n_ctx
-    lines = [f"{args.recipe}, {torch.get_num_threads()} threads, {args.rounds} rounds of {args.steps} steps in turn; medians", "",
-             "| loop | s/step | tokens/s | times ours |", "|---|---|---|---|"]
-    for name, values in times.items():
-        ratio = statistics.median(value / own for value, own in zip(values, times["ours"]))
-        lines.append(f"| {name} | {statistics.median(values):.3f} | {tokens_a_step / statistics.median(values):,.0f} | {ratio:.2f} |")
-    print("\n".join(lines))
+    with Others() as others:
+        for _ in range(rounds):
+            for name, run in runs.items(): times[name].append(run())
+    rows = [{"recipe": args.recipe, "loop": name, "threads": torch.get_num_threads(), "seconds_a_step": (seconds := statistics.median(values)), "tokens_a_second": recipe.batch_size * recipe.n_ctx / seconds,
+             "times_ours": statistics.median(value / own for value, own in zip(values, times["ours"])), "least": min(value / own for value, own in zip(values, times["ours"])), "rounds": rounds, "steps": steps} for name, values in times.items()]
+    table = pd.DataFrame(rows)
+    print(table.round(3).to_string(index=False))
+    if args.quick: return
+    if not others.share < 0.05: sys.exit(f"nothing was written: other processes took {others.share:.0%} of the processors meanwhile; run it on a quiet machine")
+    record = provenance({"recipe": args.recipe, "steps": steps, "rounds": rounds}, [0], [__file__], seconds=time.monotonic() - began)
+    print(f"\nwritten to {save_results('benchmarks', 'training_speed', {}, {'training_speed': table}, record)}")
 
 
 if __name__ == "__main__": main()

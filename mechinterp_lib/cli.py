@@ -27,7 +27,7 @@ def cmd_models(args: argparse.Namespace) -> int:
     for name in list_models():
         try: about = describe_model(name)
         except InputError as error: print(f"mechinterp: {name} is damaged: {error}", file=sys.stderr); damaged += 1; continue
-        loss = f"validation loss {about['validation_loss']:.3f} nats/token" if isinstance(about["validation_loss"], float) else ""
+        loss = f"validation loss {about['validation_loss']:.3f} nats/token at step {about['best_step']}" if isinstance(about["validation_loss"], float) else ""
         print(f"{name:34} {about['parameters']:>11,} parameters  {about['n_layers']} layers x {about['n_heads']} heads  d_model {about['d_model']:<4} {loss}")
     return 2 if damaged else 0
 
@@ -60,10 +60,11 @@ def cmd_patch(args: argparse.Namespace) -> int:
 # %% ../nbs/30_cli.ipynb #b7d1358f
 def cmd_lens(args: argparse.Namespace) -> int:
     "Print what each layer would predict at a position of a text: its best tokens, and how far it is from the model's own prediction."
-    from mechinterp_lib.logit_lens import analyze, plot_evolution
+    from mechinterp_lib.logit_lens import analyze, load_tuned_lens, plot_evolution
     from mechinterp_lib.models import load_model
     if args.save: check_suffix("save", args.save)
-    lens = analyze(load_model(args.model, device=args.device), args.text, mode=args.mode, top_k=args.top)
+    model = load_model(args.model, device=args.device)
+    lens = analyze(model, args.text, mode=args.mode, top_k=args.top, tuned=load_tuned_lens(args.model, model) if args.mode == "tuned" else None)
     check_range("position", args.position, -len(lens.tokens[0]), len(lens.tokens[0]))
     at = args.position % len(lens.tokens[0])
     top, summary = (frame[frame.pos == at] for frame in (lens.top(), lens.summary()))
@@ -94,9 +95,12 @@ def _experiment(name: str):
 def cmd_run(args: argparse.Namespace) -> int:
     "Make the stages of an experiment and write them to `results/`."
     experiment = _experiment(args.experiment)
-    for stage in args.stage or experiment.STAGES:
-        check_choice("stage", stage, experiment.STAGES)
-        if (reason := experiment.STAGES[stage].missing()) and not args.stage: print(f"{stage}: left as it is: {reason}"); continue
+    for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
+    reasons = {stage: experiment.STAGES[stage].missing() for stage in args.stage or experiment.STAGES}
+    for stage in args.stage or ():
+        if reasons[stage] and not experiment.STAGES[stage].trains: raise InputError("stage", stage, reasons[stage])
+    for stage, reason in reasons.items():
+        if reason and not args.stage: print(f"{stage}: left as it is: {reason}"); continue
         run_stage(args.experiment, stage, experiment.STAGES[stage], write=True)
         print(f"{stage}: written to {results_dir(args.experiment)}")
     return 0
@@ -191,7 +195,7 @@ def _looking(add: Callable) -> None:
         command.add_argument("model", help="a model as load_model takes it")
         command.add_argument("text", help="what the model reads")
         command.add_argument("--device", help="cpu, cuda or mps")
-    lens.add_argument("--mode", default="norm", choices=["norm", "raw"], help="with the model's final norm at every layer, or without (default: norm)")
+    lens.add_argument("--mode", default="norm", choices=["norm", "raw", "tuned"], help="with the model's final norm at every layer, without, or through the translation kept beside the model (default: norm)")
     lens.add_argument("--position", type=int, default=-1, help="of the token whose continuation is asked for (default: -1, the last)")
     lens.add_argument("--top", type=int, default=5, help="how many tokens to print")
     lens.add_argument("--save", type=Path, help=f"write the map of all layers and positions: {', '.join(PICTURES)}")

@@ -266,13 +266,14 @@ def compare_results(stored: Mapping[str, Result], again: Mapping[str, Result], r
 # %% ../nbs/00_core.ipynb #d240e2bc
 @dataclass(frozen=True)
 class Stage:
-    "A part of an experiment: `make()` returns results by name and tables by name; `inputs()` the files it reads; `missing()` why it cannot be made again here at once, or None."
+    "A part of an experiment: `make()` returns results by name and tables by name; `inputs()` the files it reads; `missing()` why it cannot be made again here at once, or None. A stage that `trains` makes what is missing itself, when it is asked for by name."
     make: Callable[[], tuple[dict[str, Result], dict[str, Any]]]
     config: Mapping
     seeds: Sequence[int] = (0,)
     inputs: Callable[[], list[Path]] = list
     missing: Callable[[], str | None] = lambda: None
     device: str = "cpu"
+    trains: bool = False
 
 def run_stage(experiment: str, name: str, stage: Stage, write: bool = True, folder: str | Path | None = None) -> dict[str, Result]:
     "Make a stage and return its results; with `write`, store them."

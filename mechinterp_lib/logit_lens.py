@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence
 
 from .activation_patching import answer_ids, has_component
-from .core import InputError, atomic_path, check_choice, check_range, check_suffix, generator
+from .core import InputError, atomic_path, check_choice, check_range, check_suffix, generator, home
 from .interventions import Replay, capture, check_model, check_read, check_tokens, heads_alone, hook_name, norm_gain
-from .models import head_label, token_ids, token_names
+from .models import LENS_FILE, head_label, shipped_name, token_ids, token_names
 
 if TYPE_CHECKING:
     import numpy as np, pandas as pd, torch
@@ -376,8 +376,11 @@ def weights_key(model: TransformerBridge) -> str:
     return _KEYS[model][1]
 
 def load_tuned_lens(path: str | Path, model: TransformerBridge) -> TunedLens:
-    "A saved lens of this model. `InputError` for a file that is none, or belongs to another model."
+    "A saved lens of this model: a file, or the `tuned_lens.safetensors` in a checkpoint's folder or beside a shipped model, by its name. `InputError` for a file that is none, or belongs to another model."
     from safetensors import safe_open
+    if shipped := shipped_name(path): path = home() / "models" / shipped
+    if Path(path).is_dir(): path = Path(path) / LENS_FILE
+    if not Path(path).is_file(): raise InputError("path", str(path), "there is no such file; fit_tuned_lens makes a lens, and its save writes it there")
     try:
         with safe_open(path, framework="pt") as file: parts, about = {name: file.get_tensor(name).to(model.cfg.device) for name in file.keys()}, file.metadata() or {}
         lens = TunedLens([layer if layer == "embed" else int(layer) for layer in about["layers"].split()], parts["weight"], parts["bias"], about["key"])

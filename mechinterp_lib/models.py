@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NATIVE', 'new_model', 'forward_logits', 'check_model_folder', 'save_model', 'as_bridge', 'list_models',
-           'describe_model', 'import_nanogpt', 'import_llama2c', 'load_model', 'token_ids', 'token_names', 'written_by',
-           'head_label', 'parse_head', 'stream_parts', 'blank_model', 'set_head', 'induction_model',
-           'fixed_offset_model']
+__all__ = ['NATIVE', 'LENS_FILE', 'new_model', 'forward_logits', 'check_model_folder', 'save_model', 'as_bridge', 'list_models',
+           'describe_model', 'import_nanogpt', 'import_llama2c', 'shipped_name', 'load_model', 'token_ids',
+           'token_names', 'written_by', 'head_label', 'parse_head', 'stream_parts', 'blank_model', 'set_head',
+           'induction_model', 'fixed_offset_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
 _HF_CLASSES = {"GPT2LMHeadModel": "GPT2Config", "LlamaForCausalLM": "LlamaConfig", "Qwen3ForCausalLM": "Qwen3Config"}
@@ -38,7 +38,7 @@ def _hf_config(name: str, fields: Mapping):
     return config_class(**{"bos_token_id": None, "eos_token_id": None, **fields})
 
 # %% ../nbs/04_models.ipynb #48245df0
-NATIVE = "TransformerLensNative"
+NATIVE, LENS_FILE = "TransformerLensNative", "tuned_lens.safetensors"      # the lens belongs to the weights: new weights take its place
 _NATIVE_FIELDS = ("d_vocab", "n_ctx", "d_model", "n_layers", "n_heads", "d_head")
 
 def _native_config(fields: Mapping, normalization: str | None = "LN"):
@@ -116,7 +116,7 @@ def check_model_folder(path: str | Path) -> Path:
     parent = next(above for above in folder.parents if above.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)): raise InputError("path", str(folder), f"could not be written: {parent} is no folder that can be written to")
     if folder.exists() and not folder.is_dir(): raise InputError("path", str(folder), "could not be written: it is a file, and a model is a folder")
-    own = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "training.json")
+    own = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "training.json", LENS_FILE)
     other = sorted(file.name for file in folder.iterdir() if file.name not in own and not file.match("model*.safetensors*")) if folder.exists() else []
     if other: raise InputError("path", str(folder), f"holds {other[0]!r}, which is no part of a checkpoint and would be lost; give a new folder")
     return folder
@@ -283,7 +283,7 @@ def list_models() -> list[str]:
     return sorted((name for name in found if not any(part.startswith(".") for part in name.split("/"))), key=by_number)
 
 def describe_model(name: str) -> dict[str, Any]:
-    """One row of a table, from the files alone: parameters, layers, heads, width, context (tokens), validation loss (nats a token; None if unknown).
+    """One row of a table, from the files alone: parameters, layers, heads, width, context (tokens), validation loss (nats a token) and the step at which it was reached (both None if unknown).
     `InputError` for a folder that is damaged."""
     folder = home() / "models" / check_choice("name", name, list_models())
     if not (folder / "model.safetensors").is_file(): raise InputError("path", str(folder), "no model.safetensors in this folder")
@@ -300,7 +300,7 @@ def describe_model(name: str) -> dict[str, Any]:
     except (KeyError, TypeError) as error: raise InputError("path", str(folder / "model.safetensors"), "its header is damaged; fetch it again") from error
     return {"name": name, "class": config["architectures"][0], "parameters": count, "n_layers": first("n_layers", "n_layer", "num_hidden_layers"),
             "n_heads": first("n_heads", "n_head", "num_attention_heads"), "d_model": first("d_model", "n_embd", "hidden_size"),
-            "n_ctx": first("n_ctx", "n_positions", "max_position_embeddings"), "validation_loss": record.get("validation_loss")}
+            "n_ctx": first("n_ctx", "n_positions", "max_position_embeddings"), "validation_loss": record.get("validation_loss"), "best_step": record.get("best_step")}
 
 # %% ../nbs/04_models.ipynb #14819a84
 def _read_checkpoint(path: Path) -> dict:
@@ -459,21 +459,24 @@ def _load_file(path: Path, device: str, dtype) -> TransformerBridge:
     return as_bridge(module.to(dtype), tokenizer, str(path), device)
 
 # %% ../nbs/04_models.ipynb #2a0e9c76
+def shipped_name(name: str | Path) -> str | None:
+    "The shipped model that is meant: one of `list_models`, or a family that has one seed; None where there is none. `InputError` for a family of several seeds."
+    text, shipped = str(name), list_models()
+    if text in shipped: return text
+    seeds = [other for other in shipped if other.startswith(text.rstrip("/") + "/")]
+    return None if not seeds else seeds[0] if len(seeds) == 1 else check_choice("name", text, seeds)
+
 def load_model(name: str | Path, device: str | None = None, dtype: Any = None) -> TransformerBridge:
     """A bridge in eval mode with the model's own weights (float32 unless `dtype` says otherwise); parameters keep their gradients on.
 
     `name`: a shipped model (the family's name suffices where it has one seed), a checkpoint folder, a nanoGPT `.pt`, a llama2.c `.bin`, or a name on the Hugging Face hub. `InputError` where none is usable."""
     device, dtype, text, path = pick_device(device), pick_dtype(dtype), str(name), Path(name).expanduser()
-    shipped = list_models()
-    if text in shipped: return _load_folder(home() / "models" / text, text, device, dtype)
-    if seeds := [other for other in shipped if other.startswith(text.rstrip("/") + "/")]:
-        text = seeds[0] if len(seeds) == 1 else check_choice("name", text, seeds)
-        return _load_folder(home() / "models" / text, text, device, dtype)
+    if shipped := shipped_name(name): return _load_folder(home() / "models" / shipped, shipped, device, dtype)
     if path.is_dir(): return _load_folder(path, text, device, dtype)
     if path.suffix in (".pt", ".bin"): return _load_file(path, device, dtype)
     if path.is_file(): raise InputError("name", text, "this file is no model; allowed: a folder, a nanoGPT .pt, a llama2.c .bin")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text):
-        raise InputError("name", text, f"there is no such folder, and a hub name reads OWNER/MODEL; shipped models: {', '.join(shipped) or 'none'}")
+        raise InputError("name", text, f"there is no such folder, and a hub name reads OWNER/MODEL; shipped models: {', '.join(list_models()) or 'none'}")
     return _load_hub(text, device, dtype)
 
 # %% ../nbs/04_models.ipynb #42856f9c

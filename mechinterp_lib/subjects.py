@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects',
-           'bos_token', 'token_options', 'subject_tokens', 'shown_tokens', 'passages', 'moments', 'some_steps',
-           'shipped_runs', 'moments_missing', 'lasting_from', 'over_seeds', 'key', 'kept', 'brief', 'corpus_missing',
-           'babyllama_missing', 'subject_files']
+           'bos_token', 'with_bos', 'token_options', 'subject_tokens', 'shown_tokens', 'passages', 'moments',
+           'some_steps', 'shipped_runs', 'moments_missing', 'lasting_from', 'over_seeds', 'key', 'kept', 'brief',
+           'corpus_missing', 'babyllama_missing', 'subject_files']
 
 # %% ../nbs/13_subjects.ipynb #db6b4ee3
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ def public_subjects() -> list[Subject]:
 def bos_token(model: TransformerBridge) -> int | None:
     "The beginning-of-sequence token that the model was trained with, or None."
     return getattr(model.tokenizer, "bos_token_id", None)
+
+def with_bos(rows: Int[Tensor, "row pos"], model: TransformerBridge) -> Int[Tensor, "row pos_plus"]:
+    "`rows` with the begin token in front of each, where the model was trained with one."
+    import torch
+    bos = bos_token(model)
+    return rows if bos is None else torch.cat([torch.full_like(rows[:, :1], bos), rows], dim=1)
 
 def token_options(model: TransformerBridge) -> dict[str, int | None]:
     "What random stimuli must know of the model's tokens: `bos`, and `low`, the first token to draw (BabyLlama-105 has three control tokens; `bos` is the second)."
@@ -119,6 +125,7 @@ def moments_missing(runs: Sequence[tuple[Recipe, int]]) -> str | None:
         "Whether all moments are here, to the end of the run."
         last = recipe.steps if recipe.patience is None else steps_done(recipe, seed)
         return last > 0 and kept_steps(recipe, seed) == sorted(step for step in recipe.snapshots if step <= last)
+    if not runs: return "no model is shipped here whose training could be followed"
     gone = [f"{recipe.name} --seed {seed}" for recipe, seed in runs if not whole(recipe, seed)]
     return f"the moments of training are not shipped; mechinterp train makes them ({len(gone)} missing here, such as {gone[0]})" if gone else None
 

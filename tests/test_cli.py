@@ -1,5 +1,5 @@
 """The command line: what is used wrongly, or damaged, ends with one line and exit code 2; what does not hold, with 1."""
-import json, os, subprocess, sys
+import errno, json, os, pickle, subprocess, sys
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -185,6 +185,16 @@ def test_a_stage_that_cannot_be_made_here(experiment, capsys):
     assert "its text is not here" in said and "2 of 3 numbers recomputed" in said
 
 
+def test_a_stage_that_cannot_be_made_here_is_refused_by_name(experiment, place, capsys):
+    before = (place / "home" / "results" / NAME / "summary.json").read_bytes()
+    experiment["second"] = Stage(lambda: 1 / 0, {}, missing=lambda: "its text is not here")
+    assert "its text is not here" in one_line(capsys, "run", NAME, "--stage", "second")
+    assert cli.main(["run", NAME]) == 0 and "left as it is: its text is not here" in capsys.readouterr().out
+    assert (place / "home" / "results" / NAME / "summary.json").read_bytes() == before
+    experiment["second"] = Stage(lambda: ({"c": number(4.0)}, {}), {}, missing=lambda: "takes long", trains=True)
+    assert cli.main(["run", NAME, "--stage", "second"]) == 0 and (place / "home" / "results" / NAME / "summary.json").read_bytes() != before
+
+
 def test_nothing_recomputed_is_no_success(experiment, capsys):
     for name, stage in experiment.items(): experiment[name] = Stage(stage.make, {}, missing=lambda: "its text is not here")
     said = one_line(capsys, "verify")
@@ -252,9 +262,41 @@ def test_attention_writes_a_page_that_needs_nothing(lettered, place, capsys, mon
     assert cli.main(["attention", str(lettered), "the cat", "--out", str(place / "a.svg")]) == 0 and (place / "a.svg").read_text().startswith("<?xml")
 
 
-@pytest.mark.parametrize("words", [["lens", "MODEL", ""], ["lens", "MODEL", "a", "--position", "1"], ["lens", "MODEL", "a", "--save", "a.pdf"], ["lens", "MODEL", "a", "--top", "28"], ["lens", "MODEL", "a", "--mode", "tuned"],
-                                   ["attention", "MODEL", "a", "--out", "a.pdf"], ["attention", "MODEL", "a", "--layer", "2"], ["attention", "MODEL", "a\u00e4"], ["attention", "no-model", "a"]])
+@pytest.mark.parametrize("words", [["lens", "MODEL", ""], ["lens", "MODEL", "a", "--position", "1"], ["lens", "MODEL", "a", "--save", "a.pdf"], ["lens", "MODEL", "a", "--top", "28"], ["lens", "MODEL", "a", "--mode", "tooned"], ["lens", "MODEL", "a", "--mode", "tuned"],
+                                   ["attention", "MODEL", "a", "--out", "a.pdf"], ["attention", "MODEL", "a", "--layer", "2"], ["attention", "MODEL", "a\u00e4"], ["attention", "no-model", "a"],
+                                   ["lens", "MODEL", "a" * 17], ["attention", "MODEL", "a" * 17], ["patch", "MODEL", "a" * 17, "b" * 17]])
 def test_lens_and_attention_refuse(words, lettered, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     one_line(capsys, *[lettered if word == "MODEL" else word for word in words])
     assert not list(place.glob("a.*"))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pickle_in_the_place_of_weights_is_never_opened(file, lettered, place, capsys):
+    (lettered / "model.safetensors").unlink()
+    (lettered / file).write_bytes(pickle.dumps(Opened(place / "opened")))
+    one_line(capsys, "lens", lettered, "a")
+    assert not (place / "opened").exists()
+
+
+class Opened:
+    "What leaves a file behind when it is unpickled."
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return (open, (str(self.path), "w"))
+
+
+def test_a_full_disk_leaves_the_earlier_page(lettered, place, capsys, monkeypatch):
+    page = place / "a.html"
+    page.write_text("earlier")
+    def full(*unused): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in one_line(capsys, "attention", lettered, "the cat", "--out", page)
+    assert page.read_text() == "earlier" and [file.name for file in place.iterdir() if file.is_file()] == ["a.html"]
+
+
+def test_a_corpus_that_is_another_text(place, capsys, monkeypatch):
+    (place / "data").mkdir()
+    (place / "data" / "tinyshakespeare.txt").write_text("To be, or not")
+    monkeypatch.setenv("MECHINTERP_DATA", str(place / "data"))
+    assert "wrong SHA-256" in one_line(capsys, "train", "shakespeare-small", "--until", "1")
+    assert (place / "data" / "tinyshakespeare.txt").read_text() == "To be, or not"

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from mechinterp_lib.core import generator, home, read_json
-from mechinterp_lib.data import encode, has_corpus, load_text, split
-from mechinterp_lib.models import describe_model, list_models, load_model
+from mechinterp_lib.data import encode, has_corpus, load_text, repeated_random, split
+from mechinterp_lib.logit_lens import lens_statistics, load_tuned_lens
+from mechinterp_lib.models import describe_model, list_models, load_model, written_by
 from mechinterp_lib.training import load_recipe, validation_loss, validation_rows
 
 MOST = {"shakespeare": 1.50, "shakespeare-small": 1.56}                                        # nats a character, over the last tenth of the text
@@ -26,3 +27,23 @@ def test_transformers_opens_them(name):
     plain, model = AutoModelForCausalLM.from_pretrained(home() / "models" / name, dtype=torch.float64).eval(), load_model(name, device="cpu", dtype=torch.float64)
     tokens = torch.randint(model.cfg.d_vocab, (4, model.cfg.n_ctx), generator=generator("opened"))
     with torch.no_grad(): assert (plain(tokens).logits - model(tokens)).abs().max() < 1e-5
+    single, model = AutoModelForCausalLM.from_pretrained(home() / "models" / name).eval(), load_model(name, device="cpu")     # as it opens by itself: apart by rounding alone
+    with torch.no_grad(): ours, theirs = model(tokens), single(tokens).logits
+    assert single.dtype == torch.float32 and (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name.startswith("induction-2l/")])
+def test_fed_on_repeats_a_model_knows_the_second_copy(name):
+    model = load_model(name, device="cpu")
+    length = model.cfg.n_ctx // 2
+    tokens = repeated_random(64, length, model.cfg.d_vocab, generator("fresh repeats"))
+    with torch.no_grad(): said = model(tokens).argmax(-1)
+    assert (said[:, length:-1] == tokens[:, length + 1:]).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name.partition("/")[0] in MOST])
+def test_the_lens_beside_a_model_of_text_is_its_own_and_nearer_to_the_end(name):
+    model = load_model(name, device="cpu")
+    rows, lens = written_by(model, 4, 64), load_tuned_lens(name, model)
+    plain, translated = (lens_statistics(model, rows, **options)["kl"].mean(1) for options in ({}, {"mode": "tuned", "tuned": lens}))
+    assert lens.weight.dtype == torch.float16 and (translated[:-1] < plain[:-1]).all() and abs(translated[-1]) < 1e-5

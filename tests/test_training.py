@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from mechinterp_lib.core import InputError, atomic_path, generator
-from mechinterp_lib.data import char_tokenizer, encode, periodic, repeated_random, training_repeats
+from mechinterp_lib.data import char_tokenizer, encode, mixed_batch, periodic, repeated_natural, repeated_random, training_repeats
 from mechinterp_lib.training import Recipe, load_recipe, load_weights, model_dir, recipes, run_dir, snapshots, steps_done, train
 
 TOY = Recipe("toy", {"class": "attention_only", "d_vocab": 65, "n_ctx": 32, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_head": 8}, corpus=None, n_ctx=32,
              steps=60, batch_size=4, eval_every=15, warmup_steps=5, max_period=16, snapshots=(0, 20, 60))
+DROPPING = replace(TOY, name="dropping", architecture={"class": "GPT2LMHeadModel", "vocab_size": 65, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}, steps=16, snapshots=())
 RUN = """
 import os, signal, sys
 out, call, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -21,9 +22,9 @@ def dying(*arguments, real=getattr(os, call, None)):                    # a kill
     if count == 0: os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 if count: setattr(os, call, dying)
-from tests.test_training import TOY
+from tests import test_training
 from mechinterp_lib.training import train
-train(TOY, 3, out, checkpoint_every=4, device="cpu", progress=False)
+train(getattr(test_training, sys.argv[4]), 3, out, checkpoint_every=4, device="cpu", progress=False)
 """
 
 
@@ -33,10 +34,10 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def spawn(out, cache, call="none", count=0):
+def spawn(out, cache, call="none", count=0, recipe="TOY"):
     "A training in another process, which kills itself at the `count`-th call of `os.CALL`."
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return subprocess.Popen([sys.executable, "-c", RUN, str(out), call, str(count)], cwd=root,
+    return subprocess.Popen([sys.executable, "-c", RUN, str(out), call, str(count), recipe], cwd=root,
                             env={**os.environ, "MECHINTERP_CACHE": str(cache), "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
 
 
@@ -60,6 +61,13 @@ def test_a_killed_training_goes_on_to_the_same_numbers(tmp_path, cache):
     assert spawn(tmp_path / "killed", cache).wait(120) == 0
     straight, killed = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("straight", "killed"))
     assert without_time(straight) == without_time(killed) and straight["validation_loss"] == killed["validation_loss"]
+    assert (tmp_path / "straight/model.safetensors").read_bytes() == (tmp_path / "killed/model.safetensors").read_bytes()
+
+
+def test_a_killed_training_with_dropout_goes_on_to_the_same_numbers(tmp_path, cache):
+    assert spawn(tmp_path / "straight", tmp_path / "other", recipe="DROPPING").wait(120) == 0
+    assert spawn(tmp_path / "killed", cache, "replace", 3, "DROPPING").wait(120) == -signal.SIGKILL and 0 < steps_done(DROPPING, 3) < DROPPING.steps
+    assert spawn(tmp_path / "killed", cache, recipe="DROPPING").wait(120) == 0
     assert (tmp_path / "straight/model.safetensors").read_bytes() == (tmp_path / "killed/model.safetensors").read_bytes()
 
 
@@ -172,6 +180,36 @@ def test_repeated_random_repeats(batch, length, d_vocab, seed, with_bos):
     tokens = repeated_random(batch, length, d_vocab, generator(seed), bos=d_vocab if with_bos else None)
     copies = tokens[:, int(with_bos):]
     assert tokens.shape == (batch, 2 * length + with_bos) and torch.equal(copies[:, :length], copies[:, length:]) and int(copies.max()) < d_vocab
+
+
+TEXT = torch.arange(200)                                                  # every passage of it is known by its first token
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 60), st.integers(0, 10**6), st.booleans())
+def test_repeated_natural_repeats_a_passage(batch, length, seed, with_bos):
+    tokens = repeated_natural(TEXT, batch, length, generator(seed), bos=500 if with_bos else None)
+    copies = tokens[:, int(with_bos):]
+    assert tokens.shape == (batch, 2 * length + with_bos) and (tokens[:, :int(with_bos)] == 500).all()
+    assert torch.equal(copies[:, :length], copies[:, length:]) and torch.equal(copies[:, :length], copies[:, :1] + torch.arange(length))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(8, 60), st.integers(1, 9), st.integers(0, 9), st.integers(0, 10**6))
+def test_natural_repeats_are_of_passages(batch, length, low, more, seed):
+    for row in training_repeats(batch, length, generator(seed), tokens=TEXT, min_period=low, max_period=low + more):
+        assert any(torch.equal(row[p:], row[:-p]) for p in range(low, low + more + 1) if p < length) or length <= low + more
+        assert ((row.diff() == 1) | (row[1:] == row.min())).all() and row.max() - row.min() < low + more
+
+
+@settings(deadline=None)
+@given(st.integers(1, 6), st.integers(24, 60), st.sampled_from([0.0, 1.0]), st.sampled_from(["random", "natural"]), st.integers(0, 10**6))
+def test_mixed_batches_are_all_text_or_all_repeats(batch, length, fraction, kind, seed):
+    rows = mixed_batch(TEXT, batch, length, generator(seed), fraction=fraction, kind=kind, d_vocab=200, min_period=2, max_period=20)
+    assert rows.shape == (batch, length)
+    for row in rows:
+        repeats = any(torch.equal(row[p:], row[:-p]) for p in range(2, 21))
+        assert repeats == bool(fraction) and (repeats or torch.equal(row, row[0] + torch.arange(length)))
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,7 +18,7 @@ from ..core import InputError, Result, Stage, check_choice, generator, load_tabl
 from ..models import head_label
 from ..statistics import rate_result, seeds_result
 from ..subjects import (PUBLIC_FILES, SIX_LAYERS, Subject, babyllama_missing, bos_token, brief, corpus_missing, kept, key, lasting_from, moments, moments_missing, over_seeds, passages,
-                                     public_subjects, shipped_runs, shipped_subjects, some_steps, subject_files, token_options, untrained_subjects)
+                                     public_subjects, shipped_runs, shipped_subjects, some_steps, subject_files, token_options, untrained_subjects, with_bos)
 from ..training import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -44,12 +44,9 @@ def subjects() -> list[Subject]:
 
 def texts(subject: Subject, model: TransformerBridge, purpose: str = "roles", n: int = TEXTS) -> Int[Tensor, "batch pos"]:
     "Passages for the `roles`, or others to `ablate` on (the same where the corpus has no others); with the begin token in front where there is one."
-    import torch
-    bos = bos_token(model)
-    rows = passages(subject, model, min(128, model.cfg.n_ctx) - (bos is not None), TEXTS + ABLATED, generator("taxonomy"))
+    rows = passages(subject, model, min(128, model.cfg.n_ctx) - (bos_token(model) is not None), TEXTS + ABLATED, generator("taxonomy"))
     if check_choice("purpose", purpose, ["roles", "ablate"]) == "ablate" and len(rows) == TEXTS + ABLATED: rows = rows[TEXTS:]
-    rows = rows[:n]
-    return rows if bos is None else torch.cat([torch.full_like(rows[:, :1], bos), rows], dim=1)
+    return with_bos(rows[:n], model)
 
 # %% ../../nbs/21_head_taxonomy.ipynb #62195591
 def role_tables(chosen: Sequence[Subject]) -> pd.DataFrame:
@@ -298,6 +295,6 @@ def findings(results: dict[str, Result]) -> list[str]:
          "shakespeare_large_role", "shakespeare_distance_1", "shakespeare_distance_2", "shakespeare_distance_3", "shakespeare_previous_mean_change", "shakespeare_induction_best"),
         ("What goes by place matters: ablating `previous` heads costs {} nats a character more than as many others of the same layers, `local` heads {}, `positional` heads {}.",
          "shakespeare_small_previous_mean_excess", "shakespeare_small_local_mean_excess", "shakespeare_small_positional_mean_excess"),
-        ("Roles come in an order: in the first steps up to {} of 36 heads copy; half of the heads that go by place alone are there by step {}, half of those that read the last few characters by step {}.",
+        ("Roles come in an order: in the first steps up to {} heads copy; half of the heads that go by place alone are there by step {}, half of those that read the last few characters by step {}.",
          "shakespeare_small_copying_most", "shakespeare_small_positional_came", "shakespeare_small_local_came")]
     return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]

@@ -431,11 +431,11 @@ def edge_effects(subject: Subject, n: int = 64) -> list[dict]:
                           "fall": float(intact[target] - scores[target])} for target in targets]
     return rows
 
-def circuit_figure(name: str, least: float = 0.05):
-    "The circuit of a shipped two-layer model: which heads' output an induction head needs in its keys, queries or values."
+def circuit_figure(name: str, least: float = 0.05, edges: pd.DataFrame | None = None) -> Figure:
+    "The circuit of a shipped two-layer model: which heads' output an induction head needs in its keys, queries or values. `edges` as in the table of that name, None for the stored one."
     from mechinterp_lib.plots import circuit_diagram
     family, _, seed = name.partition("/seed")
-    edges = load_table(EXPERIMENT, "edges").query("model == @family and seed == @seed", local_dict={"family": family, "seed": int(seed)})
+    edges = (load_table(EXPERIMENT, "edges") if edges is None else edges).query("model == @family and seed == @seed", local_dict={"family": family, "seed": int(seed)})
     cfg = load_model(name, device="cpu").cfg
     rows = [[head_label(layer, head) for head in range(cfg.n_heads)] for layer in range(cfg.n_layers)]
     return circuit_diagram(edges.rename(columns={"fall": "weight"}).assign(into=edges.part.map({"k": "into keys", "q": "into queries", "v": "into values"})),
@@ -455,7 +455,7 @@ def composition_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
                for (family, of, name), seeds in grouped.items()}
     table = pd.DataFrame([{**row, "score": row["score"].mean(), "second_loss": row["second_loss"].mean(), "n": len(row["score"])} for row in rows])
     edges = pd.DataFrame([row for subject in shipped_subjects() for row in edge_effects(subject)])
-    return kept(results), {"composition": table, "edges": edges}
+    return kept(results), {"composition": table, "edges": edges, "circuit_diagram": circuit_figure("shakespeare-induction/seed0", 0.02, edges)}
 
 # %% ../../nbs/20_induction_heads.ipynb #63627843
 EXCHANGES, PAIRS, LEAST_GAP = ("first", "last"), 64, 1.0
@@ -726,7 +726,7 @@ STAGES = {
     "context": Stage(context_stage, {"passages": PASSAGES, "kept": list(KEPT), "back": list(BACK), "window": WINDOW, "pairs": PAIRS, "random": 100}, range(5), _OURS, corpus_missing),
     "lens": Stage(lens_stage, {"sequences": 128}, range(5), _OURS, corpus_missing),
     "course": Stage(course_stage, {"sequences": 48}, range(5), _OURS, lambda: moments_missing(shipped_runs())),
-    "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, DIET_SEEDS, _OURS, diets_missing),
+    "diets": Stage(diets_stage, {"fractions": list(FRACTIONS), "sequences": 128}, DIET_SEEDS, _OURS, diets_missing, trains=True),
 }
 
 # %% ../../nbs/20_induction_heads.ipynb #bf81dd12

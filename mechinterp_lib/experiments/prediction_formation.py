@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Callable, Mapping
 
 import numpy as np
 
 from ..activation_patching import Part, ablate_component
-from ..core import Result, Stage, generator
+from ..core import Result, Stage, generator, home
 from ..interventions import capture, hook_name, replaced
-from ..logit_lens import check_layers, fit_tuned_lens, lens_statistics, logit_lens
-from ..models import written_by
+from ..logit_lens import TunedLens, check_layers, fit_tuned_lens, lens_statistics, load_tuned_lens, logit_lens
+from ..models import LENS_FILE, written_by
 from ..neuron_analysis import get_neuron_activations, rule_precision
 from ..statistics import mean_result, rate_result
-from ..subjects import (PUBLIC_FILES, SIX_LAYERS, Subject, babyllama_missing, bos_token, brief, corpus_missing, kept, key, over_seeds, public_subjects, shipped_subjects, shown_tokens, subject_files, subject_tokens, untrained_subjects)
+from ..subjects import (PUBLIC_FILES, SIX_LAYERS, Subject, babyllama_missing, bos_token, brief, corpus_missing, kept, key, over_seeds, public_subjects, shipped_subjects, shown_tokens, subject_files, subject_tokens, untrained_subjects, with_bos)
 from ..training import next_token_loss
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['EXPERIMENT', 'WRITTEN', 'TRANSLATOR_ROWS', 'TRANSLATOR_STEPS', 'WHAT', 'DERIVED', 'VOWELS', 'NEURONS', 'SHORTLIST',
            'NEURON_ROWS', 'STAGES', 'ngram_models', 'expected', 'yardsticks', 'yardstick_losses', 'trained_on',
-           'rows_of', 'settled', 'with_head_of', 'formation', 'settling', 'derived', 'derived_alone', 'formation_stage',
-           'rules', 'speech', 'first_order', 'best_rule', 'neuron_row', 'neurons_stage', 'findings']
+           'rows_of', 'drawn_rows', 'settled', 'with_head_of', 'kept_lens', 'formation', 'settling', 'derived',
+           'derived_alone', 'formation_stage', 'rules', 'speech', 'first_order', 'best_rule', 'neuron_row',
+           'neurons_stage', 'findings']
 
 # %% ../../nbs/22_prediction_formation.ipynb #d0f71c80
 EXPERIMENT, WRITTEN, TRANSLATOR_ROWS, TRANSLATOR_STEPS = "prediction_formation", 100_000, 2048, 500
@@ -77,11 +79,14 @@ def trained_on(subject: Subject, model: TransformerBridge) -> Int[Tensor, "text 
 
 def rows_of(texts: Int[Tensor, "text pos"], model: TransformerBridge, length: int = 128) -> Int[Tensor, "row pos"]:
     "Rows of `length` tokens, or of the context's if that is shorter, the begin token in front where there is one; what is left over at the end of a text is dropped."
+    width = min(length, model.cfg.n_ctx) - (bos_token(model) is not None)
+    return with_bos(texts[:, :texts.shape[1] // width * width].reshape(-1, width), model)
+
+def drawn_rows(texts: Int[Tensor, "text pos"], model: TransformerBridge) -> Int[Tensor, "row pos"]:
+    "The rows of `texts` that translators are trained on, drawn at random."
     import torch
-    bos = bos_token(model)
-    width = min(length, model.cfg.n_ctx) - (bos is not None)
-    rows = texts[:, :texts.shape[1] // width * width].reshape(-1, width)
-    return rows if bos is None else torch.cat([torch.full_like(rows[:, :1], bos), rows], dim=1)
+    rows = rows_of(texts, model)
+    return rows[torch.randperm(len(rows), generator=generator("translators"))[:TRANSLATOR_ROWS]]
 
 def settled(model: TransformerBridge, rows: Int[Tensor, "row pos"], chunk: int = 16, **lens_options) -> Int[np.ndarray, "row pos"]:
     "For each position, how many layers have been passed (0: the embedding) when the best token of the lens is that of the end, for good."
@@ -103,21 +108,25 @@ def with_head_of(twin: TransformerBridge, model: TransformerBridge) -> Transform
         for name, weight in inside(getattr(model, part)).named_parameters(): setattr(inside(getattr(twin, part)), name, torch.nn.Parameter(weight.detach().clone()))
     return twin
 
+def kept_lens(subject: Subject, model: TransformerBridge, rows: Int[Tensor, "row pos"]) -> TunedLens:
+    "The translators beside a shipped model, in 16 bits; trained on `rows`, and put there, where there are none. Those of a model that is not shipped are trained each time."
+    folder = home() / "models" / subject.family / f"seed{subject.seed}"
+    if (folder / LENS_FILE).exists(): return load_tuned_lens(folder, model)
+    lens = fit_tuned_lens(model, rows, steps=TRANSLATOR_STEPS)
+    lens = replace(lens, weight=lens.weight.half(), bias=lens.bias.half())
+    if folder.exists(): lens.save(folder / LENS_FILE)
+    return lens
+
 def formation(subject: Subject, twin: Subject | None) -> tuple[dict[tuple[str, str, str], Float[np.ndarray, "row"]], dict[str, Float[np.ndarray, "row"]]]:
     "By (mode, layer, measure), and by name for what belongs to no layer: one value a row of the text. `taught` is the twin's (the last layer has no translator, and whose end it is nearest to is not asked), `untrained` its plain lens; of `half`, translators trained for half as many steps, only the loss above those of `tuned` is kept."
-    import torch
     model = subject.open()
     train = trained_on(subject, model)
-    models, rows, other = ngram_models(train, model.cfg.d_vocab), rows_of(shown_tokens(subject, model)[None], model), rows_of(train, model)
-    other, layers = other[torch.randperm(len(other), generator=generator("translators"))[:TRANSLATOR_ROWS]], check_layers(model)
-    def translated(by: TransformerBridge, steps: int = TRANSLATOR_STEPS, **taught) -> dict:
-        "The options of a lens whose translators are trained now."
-        return {"mode": "tuned", "tuned": fit_tuned_lens(by, other, steps=steps, **taught)}
-    asked = {"raw": (model, {"mode": "raw"}), "norm": (model, {}), "next": (model, {"norm": "next"}), "tuned": (model, translated(model))}
+    models, rows, other, layers = ngram_models(train, model.cfg.d_vocab), rows_of(shown_tokens(subject, model)[None], model), drawn_rows(train, model), check_layers(model)
+    asked = {"raw": (model, {"mode": "raw"}), "norm": (model, {}), "next": (model, {"norm": "next"}), "tuned": (model, {"mode": "tuned", "tuned": kept_lens(subject, model, other)})}
     if twin:
         fresh = with_head_of(twin.open(), model)
-        asked |= {"untrained": (twin.open(), {}), "taught": (fresh, translated(fresh, teacher=model) | {"layers": layers[:-1]})}
-    if subject.seed == 0: asked["half"] = (model, translated(model, TRANSLATOR_STEPS // 2))
+        asked |= {"untrained": (twin.open(), {}), "taught": (fresh, {"mode": "tuned", "tuned": fit_tuned_lens(fresh, other, steps=TRANSLATOR_STEPS, teacher=model), "layers": layers[:-1]})}
+    if subject.seed == 0: asked["half"] = (model, {"mode": "tuned", "tuned": fit_tuned_lens(model, other, steps=TRANSLATOR_STEPS // 2)})
     found = {}
     for mode, (asked_model, options) in asked.items():
         for measure, values in lens_statistics(asked_model, rows, compare=yardsticks(models), **options).items():
