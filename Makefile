@@ -42,11 +42,11 @@ test: .venv/.ready
 	@$(ENV) MECHINTERP_NEEDS_BOOK=1 pytest
 
 bench: .venv/.ready
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-circuit==1.0.1 ordered-set==4.1.0
 	@$(ENV) python benchmarks/patching_speed.py
-	@$(ENV) python benchmarks/circuit_speed.py
 	@$(ENV) python benchmarks/lens_speed.py
 	@$(ENV) python benchmarks/training_speed.py
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-circuit==1.0.1 ordered-set==4.1.0; \
+	 then $(ENV) python benchmarks/circuit_speed.py; else echo "auto-circuit cannot be installed here: edge scores were not raced"; fi
 
 serve:
 	@test -f $(SITE)/index.html || { echo "no book yet: run make book"; exit 2; }

@@ -7,7 +7,7 @@
 A is a 4-layer, 4-head, 128-wide GPT-2 with 20 tokens, B GPT-2-small's shape with 16. Weights are random, one pair of prompts that differ from position 1 on, gradients are
 off, one process, the contestants in turn; the smallest time of each counts. Each runs the whole job: its first runs of both prompts, the scan, the metric on the logits of
 all tokens. Ours includes making the engine; that its twin equals the bridge is found out in the first scan of a model, which has a row of its own. No position is skipped but
-in the rows that say so. Where a contestant ran only some cells of a scan, its time is scaled up to all of them, and the row says so.
+in the rows that say so. Where a contestant ran only some cells of a scan, the time of these is scaled up to all of them, that of its clean run counted once, and the row says so.
 """
 import argparse, ctypes, itertools, os, sys, time, warnings
 from dataclasses import dataclass, replace
@@ -94,7 +94,7 @@ def ours(bridge, clean, corrupted, job, vocab=None, first=0):
 
 
 def plain(module, clean, corrupted, cells):
-    "One whole forward pass for each cell (layer, position, head): no hooks but the one that patches."
+    "One whole forward pass for each cell (layer, position, head), behind a clean run: no hooks but the one that patches."
     heads, width = module.config.n_head, module.config.n_embd // module.config.n_head
     z, scores = {}, []
     def keep(layer): return lambda _, args: z.__setitem__(layer, args[0].clone())
@@ -107,16 +107,17 @@ def plain(module, clean, corrupted, cells):
         handle = module.transformer.h[layer].attn.c_proj.register_forward_pre_hook(patch)
         with torch.no_grad(): scores.append(logit_diff(module(corrupted, use_cache=False).logits)[0])
         handle.remove()
-    return torch.stack(scores)
+    return torch.stack(scores) if scores else None
 
 
 def lens(model, clean, corrupted, job, cells, whole):
-    "TransformerLens's own function; on some of the cells, its own loop over an index table of those."
+    "TransformerLens's own function; on some of the cells, its own loop over an index table of those; for no cell the clean run alone."
     from transformer_lens import patching
     metric = lambda logits: logit_diff(logits)[0]
     with torch.no_grad():
         _, cache = model.run_with_cache(clean)
         if whole: return getattr(patching, job.function)(model, corrupted, cache, metric).flatten()
+        if not cells: return None
         return patching.generic_activation_patch(model, corrupted, cache, metric, getattr(patching, job.setter), job.component, index_df=pd.DataFrame(cells, columns=list(job.axes)))
 
 
@@ -165,6 +166,9 @@ def scan_rows(models, shape, name, threads):
                    "HookedTransformer": lambda: lens(tl, clean, corrupted, job, chosen, part == len(cells)), "bridge": lambda: lens(bridge, clean, corrupted, job, chosen, part == len(cells))}
     if name == "heads": contestants["ours, two logits"] = lambda: ours(bridge, clean, corrupted, job, two)
     if job.component != "z" or job.positions == "all": del contestants["plain loop"]
+    if part < len(cells):                                                                      # the clean run that goes before the cells, which is not to be counted once for each part of them
+        before = {"plain loop": lambda: plain(module, clean, corrupted, []), "HookedTransformer": lambda: lens(tl, clean, corrupted, job, [], False), "bridge": lambda: lens(bridge, clean, corrupted, job, [], False)}
+        contestants |= {f"{peer}, clean run": run for peer, run in before.items() if peer in contestants}
     ours(bridge, clean, corrupted, job) if shape == "A" else Replay(bridge, torch.cat([corrupted, clean]), keep=[job.component])   # the first scan of a model, which has a row of its own
     times, answers = race(contestants, REPEATS[shape, name])
     mine = answers["ours"]
@@ -173,12 +177,14 @@ def scan_rows(models, shape, name, threads):
         mine = torch.cat([(unpatched[ANSWER] - unpatched[WRONG]).expand(sizes["layer"], 1, first, sizes["head"]), mine], 2)
     scale, ran = len(cells) / len(some), "all" if part == len(cells) else f"{len(some)} of {len(cells):,}"
     rows = []
-    for peer in times:
-        if peer.startswith("ours"): continue
+    for peer in ("plain loop", "HookedTransformer", "bridge"):
+        if peer not in times: continue
+        once = times.get(f"{peer}, clean run", 0)
+        seconds = once + (times[peer] - once) * scale
         difference = (answers[peer].flatten() - mine.flatten()[some]).abs().max().item()
         floor = FLOORS.get((shape, name, peer)) if threads == 1 else None
-        rows.append(row(shape, job.title, threads, peer, times["ours"], times[peer] * scale, difference, ran, floor))
-        if name == "heads": rows.append(row(shape, job.title + ", ours reads two logits", threads, peer, times["ours, two logits"], times[peer] * scale, (answers[peer].flatten() - answers["ours, two logits"].flatten()[some]).abs().max().item(), ran))
+        rows.append(row(shape, job.title, threads, peer, times["ours"], seconds, difference, ran, floor))
+        if name == "heads": rows.append(row(shape, job.title + ", ours reads two logits", threads, peer, times["ours, two logits"], seconds, (answers[peer].flatten() - answers["ours, two logits"].flatten()[some]).abs().max().item(), ran))
     return rows
 
 
@@ -281,10 +287,11 @@ def curve_rows():
             cells = list(itertools.product(range(sizes["layers"]), range(sizes["tokens"]), range(4)))
             some = cells[::-(-len(cells) // ran)]
             ours(bridge, clean[:, :2], corrupted[:, :2], JOBS["heads"])
-            for who, run, scale in (("ours", lambda: ours(bridge, clean, corrupted, JOBS["heads"]), 1),
-                                    ("plain loop", lambda: plain(module, clean[:1], corrupted[:1], some), sizes["pairs"] * len(cells) / len(some))):
-                seconds, grown = peak(run)
-                rows.append({"axis": axis, "size": value, "who": who, "seconds": seconds * scale, "peak_mb": grown})
+            seconds, grown = peak(lambda: ours(bridge, clean, corrupted, JOBS["heads"]))
+            rows.append({"axis": axis, "size": value, "who": "ours", "seconds": seconds, "peak_mb": grown})
+            seconds, grown = peak(lambda: plain(module, clean[:1], corrupted[:1], some))
+            once = race({"clean run": lambda: plain(module, clean[:1], corrupted[:1], [])}, 2)[0]["clean run"]
+            rows.append({"axis": axis, "size": value, "who": "plain loop", "seconds": sizes["pairs"] * (once + (seconds - once) * len(cells) / len(some)), "peak_mb": grown})
     return rows
 
 
@@ -320,7 +327,7 @@ def markdown(table):
         floor, difference = "" if r["at_least"] is None else f"{r['at_least']:g}", "" if r["largest_difference"] is None else f"{r['largest_difference']:.1e}"
         lines.append(f"| {r['shape']} | {r['job']} | {r['threads']} | {r['peer']} | {r['ours_seconds']:.4g} | {r['peer_seconds']:.4g} | {r['ratio']:.3g} | {floor} | {difference} | {r['peer_ran']} |")
     notes = [f"- {r['shape']}, {r['job']}, {r['threads']} thread{'s' * (r['threads'] > 1)}: {r['note']}" for r in table if r["note"]]
-    return "\n".join([*lines, "", "Times of peers that ran some of the cells are scaled up to all. Lower bounds are for one thread.", *notes])
+    return "\n".join([*lines, "", "Times of peers that ran some of the cells are scaled up to all, their clean run counted once. Lower bounds are for one thread.", *notes])
 
 
 def run(pieces):
