@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Callable, Sequence
 from ..activation_patching import Task, copying_task, has_component, logit_diff, patch_scan, path_patching
 from ..attention_analysis import (copy_metrics, copying_by_match_length, extract_attention, find_induction_heads, head_scores,
                                                in_context_score, position_losses)
-from ..circuits import (Runner, curve_areas, draw_circuit, edge_attribution, evaluate_circuit, faithfulness_curve, find_circuit, halves, matched_circuit,
+from ..circuits import (FRACTIONS as EDGE_FRACTIONS, Runner, curve_areas, draw_circuit, edge_attribution, evaluate_circuit, faithfulness_curve, find_circuit, halves, matched_circuit,
                                      until_faithful)
 from ..core import InputError, Result, Stage, check_choice, check_range, generator, load_results, load_table
 from ..data import char_tokenizer, encode, load_text, repeated_random, split, windows
 from ..interventions import capture, hook_name, replaced
 from ..logit_lens import depth, logit_lens
 from ..models import as_bridge, head_label, load_model, new_model
-from ..statistics import mean_result, seeds_result
+from ..statistics import benjamini_hochberg, mean_result, seeds_result
 from ..subjects import (FAMILIES, PUBLIC_FILES, Subject, babyllama_missing, bos_token, brief, corpus_missing, kept, key, lasting_from, moments, moments_missing, over_seeds, passages,
                                      public_subjects, shipped_runs, shipped_subjects, subject_files, token_options, untrained_subjects)
 from ..training import Recipe, gpt2, load_recipe, load_weights, run_dir, snapshot_path, train, validation_loss
@@ -553,8 +553,8 @@ def circuit_rows(subject: Subject, n: int = PAIRS) -> tuple[dict, pd.DataFrame, 
     curves = []
     for method in ("exact", "eap-ig", "eap"):
         scores = edge_attribution(model, choose.clean, choose.corrupted, method=method, metric=choose.metric)
-        curves.append(faithfulness_curve(model, measure, scores, SHARES).assign(scores=method, **who))
-        row |= {f"{name}_{method.replace('-', '_')}": area for name, area in curve_areas(curves[-1]).items() if not name.endswith("log")}
+        curves.append(faithfulness_curve(model, measure, scores, sorted({*EDGE_FRACTIONS, *SHARES})).assign(scores=method, **who))
+        row |= {f"{name}_{method.replace('-', '_')}": area for name, area in curve_areas(curves[-1][curves[-1].fraction.isin(EDGE_FRACTIONS)].reset_index(drop=True)).items()}
     return row, circuit.assign(**who), pd.concat(curves)
 
 def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
@@ -562,6 +562,7 @@ def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     import pandas as pd
     rows, circuits, curves = zip(*map(circuit_rows, telling_subjects()))
     table = pd.DataFrame(rows)
+    table["p_adjusted"] = benjamini_hochberg(table.p.to_numpy())[1]
     results = {key(family, f"circuit_{name}"): seeds_result(of_family[name], unit="edges" if name == "edges" else "", how=f"{name.replace('_', ' ')} of the circuit; each seed's over {PAIRS // 2} pairs that did not choose it")
                for family, of_family in table.groupby("model") if len(of_family) > 1 for name in table.columns.drop(["model", "seed"])}
     return results, {"circuits": table, "circuit_edges": pd.concat(circuits), "circuit_curves": pd.concat(curves)}
@@ -722,7 +723,7 @@ STAGES = {
     "ablation": Stage(ablation_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, corpus_missing),
     "composition": Stage(composition_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, corpus_missing),
     "patching": Stage(patching_stage, {"pairs": PAIRS, "match": 3, "least_gap": LEAST_GAP}, range(5), partial(subject_files, FAMILIES), lambda: None),
-    "circuits": Stage(circuits_stage, {"pairs": PAIRS, "least_gap": LEAST_GAP, "shares": list(SHARES), "subsets": 5, "random": 100}, range(5), partial(subject_files, FAMILIES), lambda: None),
+    "circuits": Stage(circuits_stage, {"pairs": PAIRS, "least_gap": LEAST_GAP, "shares": list(SHARES), "fractions": list(EDGE_FRACTIONS), "subsets": 5, "random": 100}, range(5), partial(subject_files, FAMILIES), lambda: None),
     "context": Stage(context_stage, {"passages": PASSAGES, "kept": list(KEPT), "back": list(BACK), "window": WINDOW, "pairs": PAIRS, "random": 100}, range(5), _OURS, corpus_missing),
     "lens": Stage(lens_stage, {"sequences": 128}, range(5), _OURS, corpus_missing),
     "course": Stage(course_stage, {"sequences": 48}, range(5), _OURS, lambda: moments_missing(shipped_runs())),
