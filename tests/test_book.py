@@ -100,8 +100,8 @@ def test_chapter_reads_as_a_chapter(chapter):
     assert f"colab.research.google.com/github/mechinterp-lib/mechinterp_lib/blob/main/nbs/{chapter.name}" in html and "mybinder.org" in html
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.stem.startswith("2")], ids=lambda page: page.stem)
-def test_figures_of_findings_have_captions(page):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_figures_have_captions(page):
     pictures = [p for p in fetched(page.read_text(encoding="utf-8")).pictures if "_images/" in p["src"]]
     bare = [p["src"] for p in pictures if not p.get("alt") or p["alt"].endswith((".svg", ".png"))]
     assert bare == [], "a caption states what each figure found: #| fig-cap"
