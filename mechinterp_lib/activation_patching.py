@@ -5,14 +5,14 @@
 # %% ../nbs/07_activation_patching.ipynb #30a83151
 from __future__ import annotations
 
-import itertools, re
+import itertools, math, numbers, re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from .core import PICTURES, InputError, check_choice, check_range, check_suffix, generator, write_text
 from .data import encode
-from .interventions import MEMORY, Edit, Replay, capture, check_model, check_read, check_tokens, each_edit, hook_name, position_first, replaced
+from .interventions import COMPONENTS, MEMORY, Edit, Replay, capture, check_model, check_read, check_tokens, each_edit, hook_name, position_first, replaced
 from .models import head_label, parse_head, token_ids, token_names
 from .statistics import map_intervals
 
@@ -162,7 +162,7 @@ def kl_divergence(reference: Float[Tensor, "batch pos d_vocab"], position: int =
 def next_token_loss(tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None) -> Metric:
     "The mean loss of predicting each token but the first, padding left out; nats a token."
     import torch
-    if tokens.ndim != 2 or tokens.shape[1] < 2: raise InputError("inputs", f"shape {tuple(tokens.shape)}", "a loss needs tokens [batch, pos], two a prompt; or pass a metric")
+    if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.shape[1] < 2: raise InputError("inputs", f"shape {tuple(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__, "a loss needs tokens [batch, pos], two a prompt; or pass a metric")
     there = torch.ones_like(tokens) if attention_mask is None else attention_mask.to(tokens)
     weight = (there[:, 1:] * there[:, :-1]).float()
     if not weight.any(1).all(): raise InputError("inputs", "a text of one token", "a loss needs two; or pass a metric")
@@ -211,7 +211,7 @@ def get_activations(model: TransformerBridge, inputs: str | Sequence[str] | Int[
     "The activations with these hook names, such as `blocks.0.attn.hook_z` `[batch, pos, head, d_head]`; shorter texts are padded on the left."
     check_model(model)
     ids, mask = token_ids(model, inputs)
-    return capture(model, ids, [names] if isinstance(names, str) else names, mask)[1]
+    return capture(model, ids, names, mask)[1]
 
 def patch_activation(model: TransformerBridge, inputs: str | Sequence[str] | Int[Tensor, "batch pos"], name: str, value: Float[Tensor, "..."],
                      positions: int | Sequence[int] | None = None, heads: int | Sequence[int] | None = None) -> Float[Tensor, "batch pos d_vocab"]:
@@ -221,6 +221,7 @@ def patch_activation(model: TransformerBridge, inputs: str | Sequence[str] | Int
     check_model(model)
     ids, mask = token_ids(model, inputs)
     pattern = "pattern" if str(name).endswith(("hook_pattern", "hook_attn_scores")) else ""
+    if positions is not None or heads is not None: _check_axes(model, name)
     def write(old: Tensor) -> Tensor:
         "The activation with the chosen part exchanged."
         new = position_first(pattern, old.clone())
@@ -229,8 +230,15 @@ def patch_activation(model: TransformerBridge, inputs: str | Sequence[str] | Int
         where = (slice(None), *torch.meshgrid(*chosen, indexing="ij"))
         try: new[where] = value.to(new).expand(new[where].shape)
         except (RuntimeError, AttributeError): raise InputError("value", tuple(getattr(value, "shape", ())), f"allowed: {tuple(new[where].shape)}, or what broadcasts to it") from None
+        if value.isnan().any(): raise InputError("value", "NaN", "numbers are needed")
         return position_first(pattern, new)
     with replaced(model, {name: write}): return capture(model, ids, [], mask)[0]
+
+# %% ../nbs/07_activation_patching.ipynb #58dd3a6a
+def _check_axes(model: TransformerBridge, name: str) -> None:
+    "An `InputError` where a component's axes are not in the order in which positions and heads are counted."
+    found, components = re.fullmatch(r"blocks\.(\d+)\.(.+)", str(name)), {rest: component for component, rest in COMPONENTS.items()}
+    if found and found[2] in components: hook_name(model, components[found[2]], int(found[1]))
 
 def _places(argument: str, index: int | Sequence[int] | None, size: int) -> Int[Tensor, "place"]:
     "Positions or heads as a tensor, -1 being the last; all of them for None."
@@ -243,11 +251,13 @@ def _places(argument: str, index: int | Sequence[int] | None, size: int) -> Int[
 
 # %% ../nbs/07_activation_patching.ipynb #0228606f
 def compute_patching_effect(patched: Float[Tensor, "pair *cells"], clean: Float[Tensor, "pair"], corrupted: Float[Tensor, "pair"]) -> Float[Tensor, "*cells"]:
-    """(patched - corrupted) / (clean - corrupted) as a ratio of sums over pairs. Pairs with NaN are left out of a cell, which is NaN if no difference is left; `InputError` where clean and corrupted cannot be told apart:
-    the 95% interval of their mean difference holds 0."""
+    """(patched - corrupted) / (clean - corrupted) as a ratio of sums over pairs. Pairs with NaN are left out of a cell, which is NaN if no difference is left; `InputError` for shapes that do not fit, and where clean and corrupted
+    cannot be told apart: the 95% interval of their mean difference holds 0."""
     import torch
     patched, clean, corrupted = (torch.as_tensor(x).cpu().double() for x in (patched, clean, corrupted))
     if clean.ndim == 0: patched, clean, corrupted = patched[None], clean[None], corrupted[None]
+    if clean.ndim != 1 or not len(clean) or clean.shape != corrupted.shape or patched.shape[:1] != clean.shape: raise InputError("patched, clean, corrupted", [tuple(x.shape) for x in (patched, clean, corrupted)], "allowed: shapes [pair, ...], [pair] and [pair], at least one pair")
+    if not (clean.isfinite() & corrupted.isfinite()).all(): raise InputError("clean, corrupted", "NaN or infinity", "only patched may have NaN, where there was nothing to patch")
     gap = clean - corrupted
     low, high = map_intervals(gap.numpy()) if len(gap) > 1 else (gap.item(), gap.item())
     if low <= 0 <= high or gap.sum().abs() <= 1e-6 * torch.maximum(clean.abs(), corrupted.abs()).sum():
@@ -259,7 +269,7 @@ def compute_patching_effect(patched: Float[Tensor, "pair *cells"], clean: Float[
 def _undecided(gap: Float[Tensor, "pair"], there: Bool[Tensor, "pair *cells"]) -> Bool[Tensor, "*cells"]:
     "The cells whose own pairs (the shorter prompts lack some positions) do not tell clean from corrupted."
     import torch
-    groups, which = there.flatten(1).T.unique(dim=0, return_inverse=True)
+    groups, which = there.reshape(len(there), -1).T.unique(dim=0, return_inverse=True)
     def undecided(pairs: Bool[Tensor, "pair"]) -> bool:
         "Whether the interval of these pairs' mean difference holds 0."
         own = gap[pairs]
@@ -511,7 +521,7 @@ def _named(component: str, layers: list[int], positions: str, patched: Float[Ten
 
 def _named_positions(tokens: Sequence[str], patched: Tensor, clean: Int[Tensor, "pair pos"]) -> list[list[str]]:
     "The user's names of positions, for every pair."
-    if len(tokens) != clean.shape[1]: raise InputError("tokens", f"{len(tokens)} names", f"allowed: one for each of the {clean.shape[1]} positions")
+    if not isinstance(tokens, Collection) or len(tokens) != clean.shape[1]: raise InputError("tokens", f"{len(tokens)} names" if isinstance(tokens, Collection) else tokens, f"allowed: one for each of the {clean.shape[1]} positions")
     return [list(map(str, tokens))] * len(patched)
 
 # %% ../nbs/07_activation_patching.ipynb #4147677a
@@ -530,6 +540,7 @@ def patch_layers(model: TransformerBridge, clean_input: str | Sequence[str] | In
                  target_token: str | int | Sequence | None = None, metric: Metric | Callable | None = None, direction: str = "denoise", memory: int = MEMORY) -> Scan:
     "Patch all that each layer adds to the stream, its attention's and its MLP's output, at all positions. The metric is the log-probability of `target_token`, or `metric`."
     import torch
+    check_model(model)
     if target_token is not None:
         if metric is not None: raise InputError("target_token", target_token, "allowed: a target token or a metric, not both")
         metric = log_probability(model, answer_ids(model, target_token, "target_token"))
@@ -543,6 +554,7 @@ def find_important_components(results: Scan | Mapping[Any, float], threshold: fl
     """The cells of a scan whose `share` of the clean-corrupted difference is at least `threshold` (signed: negative cells work against the answer), largest first, at most `top_k`. For an ablation, or a
     mapping from names to effects, `share` is the effect itself."""
     import pandas as pd
+    if not _is_number(threshold): raise InputError("threshold", threshold, "allowed: a number")
     if top_k is not None: check_range("top_k", top_k, 1, 2**31)
     if isinstance(results, Mapping): frame = pd.DataFrame({"component": list(results), "share": [float(effect) for effect in results.values()]})
     elif isinstance(results, Scan):
@@ -552,6 +564,10 @@ def find_important_components(results: Scan | Mapping[Any, float], threshold: fl
     order = frame["share"].abs().sort_values(ascending=False, kind="stable").index
     frame = frame.loc[order]
     return frame[frame["share"].abs() >= threshold].head(len(frame) if top_k is None else top_k).reset_index(drop=True)
+
+def _is_number(value: Any) -> bool:
+    "Whether this is a finite real number, and no truth value."
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 # %% ../nbs/07_activation_patching.ipynb #ad20474d
 @dataclass(frozen=True)
@@ -569,12 +585,13 @@ def parse_component(model: TransformerBridge, name: str) -> list[Part]:
     "The parts that a name stands for: `layer_3` (its attention and MLP), `layer_3_attn`, `layer_3_mlp`, `layer_3_head_1` or `L3H1` (a head's output), `L3H1.q`, `.k`, `.v`. `InputError` for another form, or what the model lacks."
     if found := re.fullmatch(r"(L\d+H\d+)(?:\.([qkvz]))?", str(name), re.ASCII):
         layer, head = parse_head(found[1], model)
+        hook_name(model, found[2] or "z", layer)
         shared = model.cfg.n_heads // (getattr(model.cfg, "n_key_value_heads", None) or model.cfg.n_heads)
         return [Part(found[2] or "z", layer, head // shared if found[2] in ("k", "v") else head)]
     found = re.fullmatch(r"layer_(\d+)(?:_(mlp|attn)|_head_(\d+))?", str(name), re.ASCII)
     if not found: raise InputError("component", name, "allowed: 'layer_1', 'layer_1_mlp', 'layer_1_attn', 'layer_1_head_3', 'L1H3', 'L1H3.q'")
     layer = check_range("layer", int(found[1]), 0, model.cfg.n_layers)
-    if found[3]: return [Part("z", *parse_head(head_label(layer, int(found[3])), model))]
+    if found[3]: return parse_component(model, head_label(layer, int(found[3])))
     parts = [Part(f"{kind}_out", layer) for kind in ("attn", "mlp") if (found[2] or kind) == kind and has_component(model, f"{kind}_out", layer)]
     if not parts: raise InputError("component", name, "this model has no MLPs")
     return parts
@@ -648,6 +665,7 @@ def ablate_component(model: TransformerBridge, inputs: str | Sequence[str] | Int
                      reference: str | Sequence[str] | Int[Tensor, "other pos"] | None = None, metric: Metric | Callable | None = None, memory: int = MEMORY) -> Scan:
     "What is lost without one part of the model, or without several at once, named as in `parse_component` or given as a `Part`, at all positions; a `Scan` of a single cell: `effects` is one number. Options as in `ablation_scan`."
     import torch
+    check_model(model)
     if not isinstance(component, (str, Part, list, tuple)): raise InputError("component", component, "allowed: a name such as 'L1H3' or 'layer_2_mlp', a Part, or a list of them")
     given = [component] if isinstance(component, (str, Part)) else list(component)
     parts = [part for name in given for part in ([name] if isinstance(name, Part) else parse_component(model, name))]
@@ -678,7 +696,7 @@ def _holds(whole: Part, part: Part) -> bool:
 
 def _ends(model: TransformerBridge, argument: str, names: Sequence, end: str, allowed: Sequence[str]) -> dict[str, list[Part]]:
     "The parts of each sender or receiver by name; of a tuple of names together."
-    if isinstance(names, str) or not len(names): raise InputError(argument, names, f"allowed: a list such as ['{end}', 'L0H1'], not empty")
+    if isinstance(names, str) or not isinstance(names, Collection) or not len(names): raise InputError(argument, names, f"allowed: a list such as ['{end}', 'L0H1'], not empty")
     found: dict[str, list[Part]] = {}
     for name in names:
         group = name if isinstance(name, tuple) else (name,)
@@ -739,6 +757,7 @@ def path_patching(model: TransformerBridge, clean_input: str | Sequence[str] | I
     """Patch the path from each sender (`embed`, or a part as `parse_component` names it) to each receiver (a part, or `logits`): all heads and MLPs between them are held at the unpatched run's values (Goldowsky-Dill et al. 2023), or, with `through_mlps`, all heads (Wang et al. 2023). Axes of the result:
     pair, sender, receiver; NaN where a receiver comes before a sender. A sender or receiver is a name, or a tuple of names that change together; `memory` bounds in bytes what the runs take at a time."""
     import torch
+    check_model(model)
     sending, receiving = _ends(model, "senders", senders, "embed", ["z", "attn_out", "mlp_out"]), _ends(model, "receivers", receivers, "logits", ["q", "k", "v", "z", "attn_out", "mlp_out"])
     mlps = {name for name in ("mlp_out", "resid_mid") if has_component(model, "mlp_out") and has_component(model, name)}
     wanted = {"resid_pre", "attn_out", "resid_post"} | {part.component for parts in sending.values() for part in parts} | mlps
@@ -787,13 +806,16 @@ def slopes(pairs: Pairs, component: str, layers: Sequence[int]) -> list[Float[Te
     with torch.enable_grad(), replaced(model, {name: lambda old, zero=zero: old + zero for name, zero in zeros.items()}):
         value = pairs.metric(model(tokens, attention_mask=mask)).sum()
     if not value.requires_grad: raise InputError("metric", pairs.metric.name, "it has no gradient with respect to the logits")
-    return [position_first(component, slope) for slope in torch.autograd.grad(value, list(zeros.values()))]
+    found = torch.autograd.grad(value, list(zeros.values()))
+    if not all(slope.isfinite().all() for slope in found): raise InputError("metric", "a gradient of NaN or infinity", f"{pairs.metric.name} has no finite slope here, such as the root of 0")
+    return [position_first(component, slope) for slope in found]
 
 # %% ../nbs/07_activation_patching.ipynb #54976099
 TASKS = {"induction": copying_task}
 
 def as_task(model: TransformerBridge, task: str | Task) -> Task:
     "The task of that name in `TASKS`, or the task itself."
+    check_model(model)
     if isinstance(task, str): return TASKS[check_choice("task", task, TASKS)](model)
     if not isinstance(task, Task): raise InputError("task", type(task).__name__, f"allowed: a Task, or the name of one: {', '.join(TASKS)}")
     return task
@@ -803,8 +825,10 @@ def find_circuit(model: TransformerBridge, task: str | Task = "induction", metho
     that did not choose it. `task` is the name of one in `TASKS`, or a `Task` of one's own with at least 4 pairs. `InputError` if the model does not tell clean from corrupted prompts."""
     import pandas as pd
     check_choice("method", method, ["path_patching"])
+    if not _is_number(threshold) or threshold <= 0: raise InputError("threshold", threshold, "allowed: a number above 0")
     task = as_task(model, task)
-    if len(task.clean) < 4: raise InputError("task", f"{len(task.clean)} pairs", "at least 4: one half chooses, the other measures")
+    n = len(_pair_tokens(model, task.clean, task.corrupted)[0])
+    if n < 4: raise InputError("task", f"{n} pairs", "at least 4: one half chooses, the other measures")
     heads = [[head_label(layer, head) for head in range(model.cfg.n_heads)] for layer in range(model.cfg.n_layers)]
     nodes = ["embed"] + [name for layer, row in enumerate(heads) for name in row + [f"layer_{layer}_mlp"] * has_component(model, "mlp_out", layer)]
     found, edges = {"logits"}, []

@@ -31,14 +31,20 @@ COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "res
               "z": "attn.hook_z", "post": "mlp.hook_post"}
 
 def hook_name(model: TransformerBridge, component: str, layer: int) -> str:
-    "The bridge's name of a component, `blocks.3.attn.hook_z`; an `InputError` where the model has no such component or layer."
+    "The bridge's name of a component, `blocks.3.attn.hook_z`; an `InputError` where the model has no such component or layer, or has it in another form."
     check_choice("component", component, COMPONENTS)
     check_range("layer", layer, 0, model.cfg.n_layers)
-    name = f"blocks.{layer}.{COMPONENTS[component]}"
-    if _point(model, name) is None:
-        have = [c for c, rest in COMPONENTS.items() if _point(model, f"blocks.{layer}.{rest}") is not None]
-        raise InputError("component", component, f"this model's blocks have: {', '.join(have)}")
-    return name
+    if not _has(model, component, layer):
+        have = [other for other in COMPONENTS if _has(model, other, layer)]
+        raise InputError("component", component, f"this model's blocks have, in the form that is needed: {', '.join(have)}")
+    return f"blocks.{layer}.{COMPONENTS[component]}"
+
+def _has(model: TransformerBridge, component: str, layer: int) -> bool:
+    "Whether a layer has a component as `[batch, pos, head, width]`. Latent attention (DeepSeek) shows queries, keys and values with heads first, and may cut `z` at widths that are not its heads'."
+    from transformer_lens.model_bridge.generalized_components import MLAAttentionBridge
+    point = _point(model, f"blocks.{layer}.{COMPONENTS[component]}")
+    if point is None or not isinstance(getattr(model.blocks[layer], "attn", None), MLAAttentionBridge): return point is not None
+    return component not in ("q", "k", "v") and (component != "z" or getattr(point.hook_conversion, "n_heads", None) == model.cfg.n_heads)
 
 # %% ../nbs/06_interventions.ipynb #2f7e5594
 def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -60,6 +66,7 @@ def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], att
             raise InputError("attention_mask", "not 0 ... 0 1 ... 1 in every row", "padding is on the left: zeros, then ones up to the last token")
     return tokens.long().to(model.cfg.device), attention_mask
 
+# %% ../nbs/06_interventions.ipynb #b072ca7c
 def _modules(model: nn.Module) -> list[nn.Module]:
     "All modules of a model, each once: `model.modules()`, several times faster."
     seen, waiting = {}, [model]
@@ -77,8 +84,9 @@ def check_model(model: TransformerBridge) -> None:
     "An `InputError` unless the model is in eval mode and at least single precision: dropout and rounding would be taken for effects."
     import torch
     if not hasattr(model, "original_model"): raise InputError("model", type(model).__name__, "open the model with load_model, or wrap it with as_bridge")
-    if model.training: raise InputError("model", "in training mode", "call model.eval() first: dropout would be taken for an effect")
-    for dtype in {weight.dtype for weight in _parameters(_modules(model)) if weight.is_floating_point()} - {torch.float32, torch.float64}:
+    modules = _modules(model)
+    if any(module.training for module in modules): raise InputError("model", "in training mode, or a part of it is", "call model.eval() first: dropout would be taken for an effect")
+    for dtype in {weight.dtype for weight in _parameters(modules) if weight.is_floating_point()} - {torch.float32, torch.float64}:
         raise InputError("model", str(dtype), "load the model with dtype='float32': the effects of single heads are lost in half precision")
 
 # %% ../nbs/06_interventions.ipynb #a2f508c3
@@ -94,6 +102,7 @@ def _point(model: TransformerBridge, name: str):
 def _check_names(model: TransformerBridge, argument: str, names: Iterable[str]) -> list[str]:
     "`names`, all of them hooks of the model: the bridge itself passes over a name that it does not know."
     import difflib
+    if not isinstance(names, Iterable): raise InputError(argument, names, "allowed: names of hooks, such as 'blocks.0.attn.hook_z'")
     names = [names] if isinstance(names, str) else list(names)
     for name in names:
         if _point(model, name) is not None: continue

@@ -487,8 +487,9 @@ def token_ids(model: TransformerBridge, inputs: str | Sequence[str] | Int[Tensor
     import torch
     if isinstance(inputs, torch.Tensor): return inputs, None
     texts = [inputs] if isinstance(inputs, str) else inputs
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise InputError(argument, inputs if texts is not inputs or not texts else type(inputs).__name__, "allowed: a string, a list of strings, none empty, or an integer tensor [batch, pos]")
+    listed = isinstance(texts, (list, tuple))                              # asked first: an array has no truth value
+    if not listed or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(argument, inputs if listed and (texts is not inputs or not texts) else type(inputs).__name__, "allowed: a string, a list of strings, none empty, or an integer tensor [batch, pos]")
     if model.tokenizer is None: raise InputError(argument, "text", "this model has no tokenizer; pass token ids")
     for text in texts: encode(model.tokenizer, text)                       # refuses what the vocabulary lacks
     rows = [model.to_tokens(text, truncate=False)[0] for text in texts]

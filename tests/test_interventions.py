@@ -1,4 +1,4 @@
-"""Replay against the naive loop, over architectures and components: what would clutter the chapter on interventions."""
+"""Replay, and the scans that stand on it, against the naive loop, over architectures and components: what would clutter the chapters."""
 import gc, warnings, weakref
 from dataclasses import replace
 
@@ -6,7 +6,11 @@ import pytest, torch, transformers
 
 from mechinterp_lib import interventions
 
+from mechinterp_lib.activation_patching import (Task, ablate_component, attribution_patching, compute_patching_effect, kl_divergence, logit_diff, next_token_loss, patch_activation,
+                                                patch_scan, path_patching, probability)
+from mechinterp_lib.circuits import Runner, acdc, causal_scrub, edge_attribution, evaluate_circuit
 from mechinterp_lib.core import InputError, seeded
+from mechinterp_lib.data import char_tokenizer
 from mechinterp_lib.interventions import COMPONENTS, TOLERANCE, Edit, Replay, capture, check_read, each_edit, hook_name, naive_run, position_first, replaced
 from mechinterp_lib.models import as_bridge, new_model
 
@@ -14,6 +18,7 @@ GQA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attent
 CONFIGS = {
     "GPT2LMHeadModel": dict(vocab_size=50, n_positions=32, n_embd=32, n_layer=3, n_head=4),
     "LlamaForCausalLM": GQA,
+    "Qwen2ForCausalLM": GQA,
     "Qwen3ForCausalLM": GQA | dict(head_dim=16),
     "MistralForCausalLM": GQA | dict(head_dim=8, sliding_window=3),
     "Gemma2ForCausalLM": GQA | dict(head_dim=8, sliding_window=3, attn_logit_softcapping=2.0, final_logit_softcapping=1.5, query_pre_attn_scalar=8),
@@ -23,7 +28,7 @@ NATIVE = {"class": "attention_only", "d_vocab": 50, "n_ctx": 32, "d_model": 32, 
 T = 7
 
 
-def build(name):
+def build(name, tokenizer=None):
     "A bridge around random weights, large enough that every component matters."
     if name == "native": module = new_model(NATIVE, 0)
     else:
@@ -32,7 +37,7 @@ def build(name):
             module = model_class(model_class.config_class(**CONFIGS[name], bos_token_id=None, eos_token_id=None, pad_token_id=None))
     with seeded("weights", name):
         for weight in module.parameters(): weight.data += 0.15 * torch.randn_like(weight)
-    return as_bridge(module)
+    return as_bridge(module, tokenizer)
 
 
 @pytest.fixture(scope="module", params=[*CONFIGS, "native"])
@@ -88,6 +93,42 @@ def test_every_component_equals_the_naive_loop(model, positions, padded):
         chosen = torch.tensor([7, 3])
         close(replay.run(edits, prompts, read=-1, vocab=chosen)[:, 0], naive[:, -1, chosen])
         close(replay.run(edits, prompts, read=[[4, 6], [3, 5]])[:, 1], torch.stack([n[[6, 5][p]] for n, p in zip(naive, prompts)]))
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_a_scan_equals_the_naive_loop_in_every_metric(model, direction):
+    clean, corrupted, _ = prompts_of(False)
+    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    value, answer = capture(model, source, [name := hook_name(model, "z", 1)])[1][name], torch.tensor([3, 9])
+    edits, prompts, grid = each_edit("z", {1: value})
+    naive, reference, own = naive_logits(model, base, edits, prompts), capture(model, clean, [])[0], answer[prompts]
+    logs, wanted, every = naive.log_softmax(-1), reference[prompts, -1].softmax(-1), range(len(prompts))
+    expected = {
+        lambda logits: logits[range(2), -1, answer] - logits[:, -2, 7].tanh(): naive[every, -1, own] - naive[:, -2, 7].tanh(),
+        logit_diff(model, [3, 9], 7): naive[every, -1, own] - naive[:, -1, 7],
+        probability(model, [3, 9]): naive[:, -1].softmax(-1)[every, own],
+        kl_divergence(reference): torch.nn.functional.kl_div(logs[:, -1], wanted, reduction="none").sum(-1),
+        next_token_loss(base): torch.nn.functional.cross_entropy(naive[:, :-1].mT, base[prompts, 1:], reduction="none").mean(1),
+    }
+    for metric, slow in expected.items():
+        fast = patch_scan(model, clean, corrupted, layers=[1], metric=metric, direction=direction)
+        assert (fast.patched - slow.view(grid).movedim(1, 0)).abs().max() <= TOLERANCE * naive.abs().max()
+        assert fast.changes.abs().max() > 10 * TOLERANCE * naive.abs().max()
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_texts_padded_left_are_patched_as_if_alone(name):
+    model = build(name, char_tokenizer("abcdefghijklmnopqrstuvwxyz "))
+    texts, metric = (["the cat", "a dog", "my rat"], ["the hat", "a fog", "no rat"]), logit_diff(model, "s", "x")
+    def answers(clean, corrupted):
+        runner = Runner(model, Task("texts", clean, corrupted, metric, []))
+        some = torch.stack([runner.graph.allowed & (torch.rand(runner.graph.allowed.shape, generator=torch.Generator().manual_seed(seed)) < 0.7) for seed in range(3)])
+        yield path_patching(model, clean, corrupted, ["embed", "L0H1", "layer_1_mlp"], ["L1H2.q", "L2H0.k", "layer_2_mlp", "logits"], metric=metric).patched
+        for method in ("eap", "eap-ig"): yield edge_attribution(model, clean, corrupted, method=method, metric=metric).patched
+        yield attribution_patching(model, clean, corrupted, positions="all", metric=metric).patched
+        yield runner(some).T
+    alone = [list(answers([clean], [corrupted])) for clean, corrupted in zip(*texts)]
+    for together, *ones in zip(answers(*texts), *alone): assert torch.allclose(together, torch.cat(ones), atol=1e-5, equal_nan=True)
 
 
 def test_several_edits_of_one_row(model):
@@ -250,6 +291,40 @@ def test_nothing_stays_behind(gpt2):
         with pytest.raises(error), replaced(gpt2, {"blocks.1.attn.hook_z": lambda z: z}): raise error
     assert hooks() == before and not gpt2.training and [p.requires_grad for p in gpt2.parameters()] == grads
     assert all(torch.equal(v, state[k]) for k, v in gpt2.state_dict().items()) and all(p.grad is None for p in gpt2.parameters())
+
+
+def _what_is_set(model):
+    "All that a run must leave as it was."
+    modules = list(model.modules())
+    hooks = [len(getattr(module, kind)) for module in modules for kind in (*interventions._HOOK_LISTS, "fwd_hooks") if hasattr(module, kind)]
+    flags = [(module.training, "forward" in vars(module)) for module in modules], [(weight.requires_grad, weight.grad) for weight in model.parameters()]
+    return hooks, flags, torch.is_grad_enabled(), ["replay_layer" in vars(layer.attn) for layer in interventions._TWINS[model].layers]
+
+
+@pytest.mark.parametrize("action", [
+    lambda model, task: patch_scan(model, task.clean, task.corrupted, metric=task.metric),
+    lambda model, task: edge_attribution(model, task.clean, task.corrupted, metric=task.metric),
+    lambda model, task: acdc(model, task, 0.1),
+    lambda model, task: evaluate_circuit(model, task, [("embed", "logits")], n_random=3),
+    lambda model, task: causal_scrub(model, task, {("L0H0", "L1H1.q"): [0, 0, 1, 1]}, n_draws=3),
+], ids=["patch_scan", "edge_attribution", "acdc", "evaluate_circuit", "causal_scrub"])
+def test_an_interrupted_metric_leaves_nothing_behind(gpt2, action):
+    with seeded("interrupted"): one, two = torch.randint(0, 50, (2, 4, T))
+    plain, calls = logit_diff(gpt2, 3, 7), []
+    higher = (plain(capture(gpt2, one, [])[0]) > plain(capture(gpt2, two, [])[0]))[:, None]
+    clean, corrupted = torch.where(higher, one, two), torch.where(higher, two, one)               # told apart in every pair
+    def metric(logits):
+        calls.append(None)
+        if len(calls) == stop: raise KeyboardInterrupt
+        return logits[:, -1, 3] - logits[:, -1, 7]
+    task, state = Task("interrupted", clean, corrupted, metric, []), {name: value.clone() for name, value in gpt2.state_dict().items()}
+    Replay(gpt2, clean)
+    before, logits = _what_is_set(gpt2), capture(gpt2, clean, [])[0]
+    for stop in (3, 4, 5, 8):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt): action(gpt2, task)
+        assert len(calls) == stop and _what_is_set(gpt2) == before
+    assert all(torch.equal(value, state[name]) for name, value in gpt2.state_dict().items()) and torch.equal(capture(gpt2, clean, [])[0], logits)
 
 
 def test_a_second_engine_of_a_model_shares_the_twin_and_does_not_run_the_bridge(model, monkeypatch):
@@ -436,3 +511,51 @@ def test_bad_input_names_the_argument(gpt2):
     partly = build("GPT2LMHeadModel")
     partly.blocks[2].mlp.original_component.to(torch.float16)
     refuse(lambda: Replay(partly, tokens), "model", "float16")
+
+
+LATENT = dict(vocab_size=50, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1,
+              num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=4, v_head_dim=8, max_position_embeddings=32)
+
+
+@pytest.mark.filterwarnings("ignore:the blocks of this model")
+@pytest.mark.parametrize("rope", [8, 4])
+def test_latent_attention_is_refused_where_the_bridge_shows_it_otherwise(rope, monkeypatch):
+    "Queries, keys and values have heads first; `z` is cut at the width of the rotated part, which is that of a head's values or not."
+    monkeypatch.setitem(CONFIGS, "DeepseekV3ForCausalLM", LATENT | dict(qk_rope_head_dim=rope))
+    model, (clean, corrupted, _) = build("DeepseekV3ForCausalLM"), prompts_of(False)
+    metric, shown = logit_diff(model, 3, 7), ["q", "k", "v"] + ["z"] * (rope != 8)
+    for component in shown:
+        head = f"L1H2.{component}".removesuffix(".z")
+        refuse(lambda: hook_name(model, component, 1), "component", component)
+        refuse(lambda: patch_scan(model, clean, corrupted, component=component, metric=metric), "component", component)
+        refuse(lambda: path_patching(model, clean, corrupted, ["embed"], [head], metric=metric), "component", component)
+        refuse(lambda: ablate_component(model, clean, head), "component", component)
+        refuse(lambda: patch_activation(model, clean, f"blocks.1.attn.hook_{component}", torch.tensor(0.0), positions=1), "component", component)
+    refuse(lambda: Runner(model, Task("latent", clean, corrupted, metric, [])), "component")
+    refuse(lambda: edge_attribution(model, clean, corrupted, metric=metric), "component")
+    for component in {"resid_mid", "attn_out", "pattern", "z"} - set(shown):
+        values = Replay(model, clean, keep=[component]).kept[component]
+        edits, prompts, grid = each_edit(component, {1: values[1]})
+        slow = metric(naive_logits(model, corrupted, edits, prompts), prompts).view(grid).movedim(1, 0)
+        assert torch.allclose(patch_scan(model, clean, corrupted, component=component, layers=[1], metric=metric).patched, slow, atol=1e-5)
+
+
+def test_a_part_in_training_mode_is_refused(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "GPT2LMHeadModel", CONFIGS["GPT2LMHeadModel"] | dict(resid_pdrop=0.3))
+    model, (clean, corrupted, _) = build("GPT2LMHeadModel"), prompts_of(False)
+    for part in (model.original_model, model.blocks[1].original_component, model):
+        part.train()
+        refuse(lambda: patch_scan(model, clean, corrupted), "model", "eval()")
+        model.eval()
+    patch_scan(model, clean, corrupted, metric=logit_diff(model, 3, 7))
+
+
+def test_gradients_and_effects_have_to_be_numbers(gpt2):
+    clean, corrupted, _ = prompts_of(False)
+    root = lambda logits: (logits[:, -1, 3] - logits[:, -1, 3]).abs().sqrt() + logits[:, -1, 7]
+    assert patch_scan(gpt2, clean, corrupted, metric=root).patched.isfinite().all()
+    refuse(lambda: attribution_patching(gpt2, clean, corrupted, metric=root), "metric", "slope")
+    patched, unpatched = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 0.5, 0.0])
+    assert compute_patching_effect(patched[:, None], patched, unpatched) == compute_patching_effect(patched, patched, unpatched) == 1
+    for bad in ((patched[:2], patched, unpatched), (patched, patched, unpatched[:1]), (patched[:, None], patched[:, None], unpatched[:, None]), (patched[:0],) * 3): refuse(lambda: compute_patching_effect(*bad), "pair")
+    for bad in (float("nan"), float("inf")): refuse(lambda: compute_patching_effect(patched, patched * bad, unpatched), "clean", "NaN")
