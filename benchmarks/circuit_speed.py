@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from mechinterp_lib.activation_patching import Scan, Task, copying_pairs, kl_divergence, logit_diff
 from mechinterp_lib.circuits import acdc, edge_attribution, edge_auroc, model_graph
 from mechinterp_lib.core import generator, provenance, save_results
-from mechinterp_lib.models import as_bridge, fixed_offset_model, induction_model
+from mechinterp_lib.models import as_bridge, fixed_offset_model, induction_model, two_branch_model
 from patching_speed import ANSWER, SHAPES, WRONG, Others, gpt2, hooked, log, markdown, prompts, race, row
 
 THRESHOLDS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -112,6 +112,9 @@ def known_cases(pairs=24):
         corrupted[:, :6], corrupted[:, 7] = clean[:, :6], clean[:, 7]
         corrupted[:, 6] = (clean[:, 6] + 1 + torch.randint(11, (pairs,), generator=generator("other", seed))) % 12
         yield f"copier, {kind}", noisy(fixed_offset_model(1, layer=seed % 2, head=previous, n_layers=2, n_heads=4)), clean, corrupted, clean[:, 6], corrupted[:, 6], [("embed", f"L{seed % 2}H{previous}.v"), (f"L{seed % 2}H{previous}", "logits")]
+        clean, corrupted = clean.clone(), corrupted.clone()
+        clean[:, 5], corrupted[:, 5], corrupted[:, 4] = clean[:, 6], corrupted[:, 6], (clean[:, 4] + 1) % 12                     # both branches find the answer, and the decoy another token
+        yield f"two branches, {kind}", noisy(two_branch_model(previous, induction, decoy, n_heads=4)), clean, corrupted, clean[:, 6], corrupted[:, 6], [("embed", f"L0H{previous}.v"), (f"L0H{previous}", "logits"), ("embed", f"L1H{induction}.v"), (f"L1H{induction}", "logits")]
 
 
 def auroc(scores, graph, true):

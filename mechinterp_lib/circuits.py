@@ -5,15 +5,16 @@
 # %% ../nbs/11_circuits.ipynb #8f98566e
 from __future__ import annotations
 
-import itertools
+import itertools, math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, has_component, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
 from .activation_patching import find_circuit as find_by_paths
 from .core import InputError, check_choice, check_range, generator
-from .interventions import MEMORY, TOLERANCE, Edit, heads_alone, hook_name, replaced
+from .interventions import MEMORY, TOLERANCE, Edit, check_model, heads_alone, hook_name, replaced
 from .models import head_label
 from .statistics import auroc, map_intervals
 
@@ -84,8 +85,9 @@ class Graph:
 
 # %% ../nbs/11_circuits.ipynb #9746422e
 def model_graph(model: TransformerBridge) -> Graph:
-    "The graph of a model: embedding, heads, MLPs and logits."
+    "The graph of a model: embedding, heads, MLPs and logits; errors of `check_model`."
     import torch
+    check_model(model)
     senders, receivers, inputs_of, aliases = {"embed": []}, {}, {"embed": set()}, {}
     for layer in range(model.cfg.n_layers):
         heads = [head_label(layer, head) for head in range(model.cfg.n_heads)]
@@ -105,12 +107,13 @@ def model_graph(model: TransformerBridge) -> Graph:
     return Graph(senders, receivers, allowed, inputs, aliases)
 
 # %% ../nbs/11_circuits.ipynb #d5990366
-def graph_pairs(model: TransformerBridge, task: Task, direction: str, memory: int) -> Pairs:
-    "The runs of a task's prompts with all that the graph's nodes read and write; an `InputError` where the nodes do not add up to the stream."
+def graph_pairs(model: TransformerBridge, graph: Graph, task: Task, direction: str, memory: int) -> Pairs:
+    "The runs of a task's prompts with all that the graph's nodes read and write; an `InputError` where the nodes do not add up to the stream, or the edges not to the run."
     both = has_component(model, "mlp_out")
     keep = ["resid_pre", "resid_post", "attn_out", "z", "q", "k", "v"] + [name for name in ("resid_mid", "mlp_out") if both and has_component(model, name)]
     pairs = run_pairs(model, task.clean, task.corrupted, keep, task.metric, direction, memory)
     _check_adds_up(pairs)
+    _check_all_edges(pairs, graph)
     return pairs
 
 def _check_adds_up(pairs: Pairs) -> None:
@@ -128,19 +131,34 @@ def _refuse_difference(model: TransformerBridge, ours: Tensor, theirs: Tensor) -
     error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
     if not error <= 1e-3: raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): a norm stands behind its attention or MLP")
 
+def _check_all_edges(pairs: Pairs, graph: Graph) -> None:
+    "An `InputError` where all edges together do not give the metric of the run that they come from: what a head reads is not where we put it. The pair whose runs differ most is looked at, once for each shape of prompts."
+    import torch
+    known = getattr(pairs.replay, "known", None)                                                # what has been checked, as long as the model stays as it is
+    done = set() if known is None else known.components
+    if "edges" in done: return
+    wanted = pairs.on_clean if pairs.direction == "denoise" else pairs.on_corrupted
+    gap, pair = (pairs.on_clean - pairs.on_corrupted).abs().max(0)
+    embed = sender_changes(pairs, {"embed": []}, pair[None].cpu())
+    error = (_climb(_State(pairs, graph, graph.allowed[None], 0, embed, only=int(pair))) - wanted[pair]).abs().item()
+    most = 1e-3 * torch.stack([pairs.on_clean, pairs.on_corrupted]).abs().max() + TOLERANCE * pairs.replay.logits[:, -1].abs().max()
+    if not error <= most: raise InputError("model", type(pairs.replay.model.original_model).__name__, f"this model cannot be split into edges here: with all of them the {pairs.metric.name} of pair {int(pair)} is off by {error:.1g}")
+    if gap > most: done.add("edges")                                                            # runs that are alike show nothing
+
 # %% ../nbs/11_circuits.ipynb #31d0af9a
 class Runner:
     """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model. `memory`: bytes that the circuits of a batch may take,
     roughly; one circuit on all pairs, and what each sender writes on them once, is the least. `InputError` for a model in which a layer's attention is not the sum of its heads (a norm after it)."""
     def __init__(self, model: TransformerBridge, task: Task, memory: int = MEMORY):
-        self.pairs, self.graph, self.memory = graph_pairs(model, as_task(model, task), "denoise", memory), model_graph(model), memory
+        self.graph, self.memory = model_graph(model), memory
+        self.pairs = graph_pairs(model, self.graph, as_task(model, task), "denoise", memory)
         self.clean, self.corrupted, self.total = self.pairs.on_clean, self.pairs.on_corrupted, int(self.graph.allowed.sum())
         differs = (self.pairs.clean != self.pairs.corrupted).any(0)
         self.start = int(differs.int().argmax()) if self.pairs.replay.exact else 0                   # before this position both runs are the same
 
     def __call__(self, masks: Bool[Tensor, "circuit sender receiver"]) -> Float[Tensor, "circuit pair"]:
         import torch
-        if masks.ndim != 3 or masks.shape[1:] != self.graph.allowed.shape or masks[:, ~self.graph.allowed].any(): raise InputError("masks", tuple(masks.shape), f"allowed: [circuit, sender, receiver], {tuple(self.graph.allowed.shape)} each, without edges that run backwards")
+        if getattr(masks, "ndim", 0) != 3 or masks.shape[1:] != self.graph.allowed.shape or masks[:, ~self.graph.allowed].any(): raise InputError("masks", tuple(getattr(masks, "shape", ())), f"allowed: [circuit, sender, receiver], {tuple(self.graph.allowed.shape)} each, without edges that run backwards")
         base, streams = self.pairs.base("resid_pre", 0), len(self.graph.senders) + 4 * self.pairs.replay.model.cfg.n_heads + 8
         computed = base[:, self.start:] if _head_weights(self.pairs, "q", 0) else base              # without the heads' own weights whole runs are computed
         each = (streams * computed.numel() + 2 * base.numel()) * base.element_size()
@@ -171,22 +189,24 @@ class Runner:
 # %% ../nbs/11_circuits.ipynb #6cc8dcb0
 @dataclass(eq=False)
 class _State:
-    "Circuits on their way up from `layer`, below which all senders have moved as far as in `below`; `sent`: how far each of the others has moved from the corrupted run. Nothing moves before position `start`."
+    "Circuits on their way up from `layer`, below which all senders have moved as far as in `below`; `sent`: how far each of the others has moved from the corrupted run. Nothing moves before position `start`. `only`: one pair alone, all of them by default."
     pairs: Pairs
     graph: Graph
     masks: Bool[Tensor, "circuit sender receiver"]
     layer: int
     below: Float[Tensor, "sender pair late d_model"]
     start: int = 0
+    only: int | None = None
 
     def __post_init__(self):
         import torch
-        self.prompts, self.moved = torch.arange(self.pairs.n).repeat(len(self.masks)), list(range(len(self.below)))
+        self.some = slice(None) if self.only is None else slice(self.only, self.only + 1)
+        self.prompts, self.moved = torch.arange(self.pairs.n)[self.some].repeat(len(self.masks)), list(range(len(self.below)))
         self.sent = self.below.new_zeros(len(self.masks), *self.graph.allowed.shape[:1], *self.below.shape[1:])
 
     def base(self, component: str, layer: int) -> Float[Tensor, "pair late ..."]:
         "An activation of the corrupted run."
-        return self.pairs.base(component, layer)[:, self.start:]
+        return self.pairs.base(component, layer)[self.some, self.start:]
 
     def streams(self, component: str, layer: int, names: Sequence[str]) -> Float[Tensor, "circuit receiver pair late d_model"]:
         "What receivers of one component of a layer read."
@@ -301,7 +321,7 @@ def edge_attribution(model: TransformerBridge, clean: Any, corrupted: Any, *, me
     check_choice("method", method, ["eap", "eap-ig", "exact"]), check_choice("level", level, ["edge", "node"]), check_range("steps", steps, 1, 10_000)
     graph = model_graph(model)
     if method == "exact" and level == "edge": return path_patching(model, clean, corrupted, list(graph.senders), list(graph.receivers), metric=metric, direction=direction, memory=memory)
-    pairs = graph_pairs(model, Task("edges", clean, corrupted, metric, []), direction, memory)
+    pairs = graph_pairs(model, graph, Task("edges", clean, corrupted, metric, []), direction, memory)
     if method == "exact": return pairs.scan("node", {"sender": list(graph.senders)}, _patched_nodes(pairs, graph))
     scores = _estimated(pairs, graph, [0.0] if method == "eap" else [(step + 0.5) / steps for step in range(steps)], memory)
     patched = pairs.unpatched[:, None, None] + scores.masked_fill(~graph.allowed.to(scores.device), float("nan"))
@@ -355,6 +375,7 @@ def _read_gradients(pairs: Pairs, graph: Graph, prompts: Int[Tensor, "prompt"], 
         value = pairs.metric(model(pairs.replay.tokens[rows], attention_mask=None if pairs.mask is None else pairs.mask[rows]), rows).sum()
     if not value.requires_grad: raise InputError("metric", pairs.metric.name, "it has no gradient with respect to the logits")
     own = dict(zip(places, torch.autograd.grad(value, list(zeros.values()), retain_graph=True)))
+    if not own["resid_post", last].isfinite().all(): raise InputError("metric", pairs.metric.name, "its gradient with respect to the logits is NaN or infinite")
     over_points = lambda gradient: gradient.unflatten(1, (len(points), len(prompts))).sum(1)
     for place, group in itertools.groupby(enumerate(graph.receivers.values()), lambda found: [(part.component, part.layer) for part in found[1]]):
         readers, reading = map(list, zip(*group))
@@ -370,14 +391,19 @@ def _read_gradients(pairs: Pairs, graph: Graph, prompts: Int[Tensor, "prompt"], 
         yield readers, over_points(torch.autograd.grad(seen[component, layer], zeros[reads[component], layer], weight, retain_graph=True, is_grads_batched=True)[0])
 
 # %% ../nbs/11_circuits.ipynb #7cd2e567
+def _check_edge_scores(scores: Scan) -> None:
+    "An `InputError` for anything but scores of edges."
+    was = list(scores.axes) if isinstance(scores, Scan) else type(scores).__name__
+    if was != ["sender", "receiver"]: raise InputError("scores", was, "scores of edges are needed: edge_attribution(..., level='edge')")
+
 def edge_auroc(scores: Scan, edges: Sequence[tuple[str, str]]) -> float:
     "The probability that a true edge has a larger score, in size, than another one; ties count half (the area under the ROC curve)."
     import numpy as np
-    if list(scores.axes) != ["sender", "receiver"]: raise InputError("scores", list(scores.axes), "scores of edges are needed: level='edge'")
+    _check_edge_scores(scores)
     senders, receivers = scores.axes["sender"], scores.axes["receiver"]
     size = scores.effects.abs().double().cpu().numpy()
     true = np.zeros(size.shape, dtype=bool)
-    for sender, receiver in edges: true[senders.index(check_choice("sender", sender, senders)), receivers.index(check_choice("receiver", receiver, receivers))] = True
+    for sender, receiver in edge_names(edges): true[senders.index(check_choice("sender", sender, senders)), receivers.index(check_choice("receiver", receiver, receivers))] = True
     there = ~np.isnan(size)
     if not (true & there).any() or not (~true & there).any(): raise InputError("edges", edges, "at least one true and one other edge are needed")
     return float(auroc(size[there], true[there]))
@@ -387,7 +413,7 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 def top_edges(scores: Scan, n: int) -> list[tuple[str, str]]:
     "The `n` edges with the largest scores in size, largest first."
-    if list(scores.axes) != ["sender", "receiver"]: raise InputError("scores", list(scores.axes), "scores of edges are needed: level='edge'")
+    _check_edge_scores(scores)
     size = scores.effects.abs().nan_to_num(-1).flatten()
     check_range("n", n, 0, int((size >= 0).sum()) + 1)
     columns = len(scores.axes["receiver"])
@@ -396,16 +422,18 @@ def top_edges(scores: Scan, n: int) -> list[tuple[str, str]]:
 def faithfulness_curve(model: TransformerBridge, task: str | Task, scores: Scan, fractions: Sequence[float] = FRACTIONS, memory: int = MEMORY) -> pd.DataFrame:
     "Normalised faithfulness, with a 95% interval over pairs, of the circuits of the best edges that make up these fractions of all edges."
     import pandas as pd, torch
-    if not len(fractions) or not all(0 <= fraction <= 1 for fraction in fractions): raise InputError("fractions", fractions, "allowed: at least one, 0 to 1")
+    listed = list(fractions) if hasattr(fractions, "__iter__") else []
+    if not listed or not all(isinstance(fraction, Real) and 0 <= fraction <= 1 for fraction in listed): raise InputError("fractions", fractions, "allowed: a list of at least one number, 0 to 1")
     runner = Runner(model, task, memory)
-    counts = [round(fraction * runner.total) for fraction in fractions]
+    counts = [round(fraction * runner.total) for fraction in listed]
     values = runner(torch.stack([runner.graph.mask(top_edges(scores, count)) for count in counts]))
     low, high = map_intervals((values - runner.corrupted).double().cpu().numpy().T, (runner.clean - runner.corrupted).double().cpu().numpy())
-    return pd.DataFrame({"fraction": list(fractions), "edges": counts, "faithfulness": runner.share(values).tolist(), "ci_low": low, "ci_high": high, "n": runner.pairs.n})
+    return pd.DataFrame({"fraction": listed, "edges": counts, "faithfulness": runner.share(values).tolist(), "ci_low": low, "ci_high": high, "n": runner.pairs.n})
 
 def curve_areas(curve: pd.DataFrame) -> dict[str, float]:
     "CPR and CMD (Mueller et al. 2025) by the trapezoid rule, over the fraction of edges and over its logarithm, each divided by the length of its axis."
     import numpy as np
+    for column in ("fraction", "faithfulness"): check_choice("column of curve", column, getattr(curve, "columns", []))
     if len(curve) < 2 or not (curve["fraction"].diff()[1:] > 0).all() or curve["fraction"].iloc[0] <= 0: raise InputError("curve", curve["fraction"].tolist(), "at least 2 fractions, above 0 and ascending")
     x, f = curve["fraction"].to_numpy(), curve["faithfulness"].to_numpy()
     axes = {"": x, "_log": np.log(x)}
@@ -439,6 +467,7 @@ def evaluate_circuit(model: TransformerBridge, task: str | Task, edges: Edges, *
     greedily by `greedy` edges; time grows with `n_random` and with edges times `n_subsets`. `InputError` where the model does not tell clean from corrupted prompts."""
     import torch
     check_range("n_subsets", n_subsets, 0, 10_000), check_range("n_random", n_random, 1, 1_000_000), check_range("greedy", greedy, 0, 1000)
+    if scores is not None: _check_edge_scores(scores)
     runner, task = Runner(model, task, memory), as_task(model, task)
     mask, draw = runner.graph.mask(edges), generator("circuit", seed)
     if not mask.any(): raise InputError("edges", "no edges", "a circuit needs at least one")
@@ -510,7 +539,7 @@ def acdc(model: TransformerBridge, task: str | Task, threshold: float = 0.01, *,
     """The edges left when, from the logits down, each edge is dropped whose removal adds less than `threshold` to the circuit's distance from the model (Conmy et al. 2023): the mean over pairs of |F(C) - F(M)|, as a share of the
     difference between clean and corrupted. `ahead`: how many removals are tried in one batch; the result does not depend on it."""
     import torch
-    if not isinstance(threshold, (int, float)) or not threshold > 0: raise InputError("threshold", threshold, "allowed: a number above 0")
+    _check_above_zero("threshold", threshold)
     check_range("ahead", ahead, 1, 100_000)
     runner = Runner(model, task, memory)
     graph, current = runner.graph, runner.graph.allowed.clone()
@@ -532,26 +561,37 @@ def _is_used(graph: Graph, mask: Bool[Tensor, "sender receiver"], r: int) -> boo
     "Whether a receiver is the logits, or an input of a node from which an edge starts."
     return not graph.receivers[list(graph.receivers)[r]] or bool(mask[graph.inputs[:, r]].any())
 
-# %% ../nbs/11_circuits.ipynb #86591a56
-METHODS = ("path_patching", "exact", "eap", "eap-ig", "acdc")
+def _check_above_zero(argument: str, value: float, most: float = math.inf) -> None:
+    "An `InputError` for anything but a finite number above 0, and at most `most`."
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= most or value == math.inf: raise InputError(argument, value, f"allowed: a finite number above 0{'' if most == math.inf else f', at most {most}'}")
 
+# %% ../nbs/11_circuits.ipynb #86591a56
 def halves(task: Task) -> tuple[Task, Task]:
-    "Every other pair of a task, to choose on, and the rest, to measure on."
+    "Every other pair of a task, to choose on, and the rest, to measure on; `InputError` for what cannot be divided."
     import torch
+    for name, prompts in (("task.clean", task.clean), ("task.corrupted", task.corrupted)):
+        if not isinstance(prompts, (list, tuple)) and not getattr(prompts, "ndim", 0): raise InputError(name, type(prompts).__name__, "allowed: a list of strings, or an integer tensor [pair, pos]")
     if len(task.clean) < 4: raise InputError("task", f"{len(task.clean)} pairs", "at least 4: one half chooses, the other measures")
+    if len(task.corrupted) != len(task.clean): raise InputError("task.corrupted", f"{len(task.corrupted)} prompts", f"there are {len(task.clean)} clean ones")
+    if not hasattr(task.metric, "of_prompts"): raise InputError("task.metric", type(task.metric).__name__, "a Metric is needed, such as logit_diff makes: it can be divided")
+    if task.metric.n not in (None, len(task.clean)): raise InputError("task.metric", f"{task.metric.name} of {task.metric.n} prompts", f"there are {len(task.clean)}")
     def part(which: slice) -> Task:
         "Some of the pairs."
         index = torch.arange(len(task.clean))[which]
-        if not hasattr(task.metric, "of_prompts"): raise InputError("task.metric", type(task.metric).__name__, "a Metric is needed, such as logit_diff makes: it can be divided")
         return Task(task.name, task.clean[which], task.corrupted[which], task.metric.of_prompts(index), task.tokens)
     return part(slice(0, None, 2)), part(slice(1, None, 2))
 
+# %% ../nbs/11_circuits.ipynb #e8d060b3
+METHODS = ("path_patching", "exact", "eap", "eap-ig", "acdc")
+
 def find_circuit(model: TransformerBridge, task: str | Task = "induction", method: str = "eap-ig", *, faithfulness: float = 0.9, threshold: float = 0.01, memory: int = MEMORY) -> pd.DataFrame:
     """A circuit for a task, by name or a `Task` of one's own. "exact", "eap" and "eap-ig": the best edges by score, as many as reach `faithfulness` (counts go in steps of about a tenth); "acdc" and "path_patching": what they keep at
-    `threshold`. Edges are chosen on every other pair; the column `share` is the exact effect of corrupting each edge of the whole model, as a share of the difference between the runs, on the rest."""
+    `threshold`. `task.metric` may be a function of logits. Edges are chosen on every other pair; the column `share` is the exact effect of corrupting each edge of the whole model, as a share of the difference between the runs, on the rest."""
     import pandas as pd
-    check_choice("method", method, METHODS)
-    choose, measure = halves(as_task(model, task))
+    check_model(model), check_choice("method", method, METHODS), _check_above_zero("faithfulness", faithfulness, 1), _check_above_zero("threshold", threshold)
+    task = as_task(model, task)
+    if not hasattr(task.metric, "of_prompts"): task = replace(task, metric=run_pairs(model, task.clean, task.corrupted, [], task.metric, "denoise", memory).metric)          # a function of all logits, as a Metric
+    choose, measure = halves(task)
     for half in (measure, choose):
         runner = Runner(model, half, memory)
         runner.share(runner.clean[None])                                                        # refuses prompts that the model does not tell apart
@@ -567,7 +607,7 @@ def find_circuit(model: TransformerBridge, task: str | Task = "induction", metho
 def until_faithful(runner: Runner, scores: Scan, wanted: float = 0.9) -> list[tuple[str, str]]:
     "The edges with the best scores, as few as reach the wanted faithfulness on the runner's pairs; numbers of edges are tried in steps of about a tenth."
     import torch
-    if not isinstance(wanted, (int, float)) or not 0 < wanted <= 1: raise InputError("faithfulness", wanted, "allowed: above 0, at most 1")
+    _check_above_zero("faithfulness", wanted, 1)
     counts = [1]
     while counts[-1] < runner.total: counts.append(min(runner.total, counts[-1] + max(1, counts[-1] // 10)))
     shares = runner.share(runner(torch.stack([runner.graph.mask(top_edges(scores, count)) for count in counts])))
@@ -622,7 +662,7 @@ def causal_scrub(model: TransformerBridge, task: str | Task, hypothesis: Mapping
     "shuffled labels": `recovered`, mean over draws, with a 95% bootstrap interval over prompts; `swapped`, the share of messages from another prompt, over the edge where it is least; the metric of the model and of random exchange.
     `InputError` if nothing can be swapped, or the model does no better than random exchange."""
     import pandas as pd, torch
-    check_range("n_draws", n_draws, 1, 100_000)
+    check_model(model), check_range("n_draws", n_draws, 1, 100_000)
     task, draw = as_task(model, task), generator("scrub", seed)
     scrub, pairs, graph = _scrubber(model, task, memory)
     labels = _labels(hypothesis, graph, n := pairs.n)
@@ -639,7 +679,8 @@ def causal_scrub(model: TransformerBridge, task: str | Task, hypothesis: Mapping
     for name in ("hypothesis", "shuffled labels"):
         values, swapped = runs(name)
         if not swapped: raise InputError("hypothesis", "labels of which some edge has none twice", "nothing would be exchanged there: fewer labels or more prompts are needed")
-        recovered = compute_patching_effect(values[:, None], pairs.on_clean, random).item()
+        try: recovered = compute_patching_effect(values[:, None], pairs.on_clean, random).item()
+        except InputError: raise InputError("task", f"{pairs.on_clean.mean():.3g} on its prompts and {random.mean():.3g} with all messages exchanged at random", "too near to tell what is recovered: take more prompts, or such as differ more") from None
         low, high = map_intervals((values - random).cpu().double().numpy()[:, None], (pairs.on_clean - random).cpu().double().numpy())
         rows.append({"what": name, "recovered": recovered, "ci_low": low[0], "ci_high": high[0], "swapped": swapped, "model": pairs.on_clean.mean().item(), "random": random.mean().item(), "n": n})
     return pd.DataFrame(rows)
@@ -648,11 +689,13 @@ def causal_scrub(model: TransformerBridge, task: str | Task, hypothesis: Mapping
 def _labels(hypothesis: Mapping[tuple[str, str], Sequence], graph: Graph, n: int) -> dict[tuple[str, str], list]:
     "The labels of each edge as a list of things that can be compared; `InputError` for edges or labels that do not fit."
     if not isinstance(hypothesis, Mapping) or not hypothesis: raise InputError("hypothesis", type(hypothesis).__name__, "allowed: a mapping from (sender, receiver) to labels, not empty")
-    graph.mask(list(hypothesis))
+    try: graph.mask(list(hypothesis))
+    except InputError as error: raise InputError("hypothesis", list(hypothesis), f"its keys must be edges of the model; {error}") from None
     if n < 2: raise InputError("task", f"{n} prompt", "at least 2: they are exchanged")
     found = {}
     for edge, labels in hypothesis.items():
-        listed = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        try: listed = list(labels.tolist() if hasattr(labels, "tolist") else labels)
+        except TypeError: raise InputError("hypothesis", f"{type(labels).__name__} for {edge}", f"allowed: a label for each of the {n} prompts") from None
         if len(listed) != n: raise InputError("hypothesis", f"{len(listed)} labels for {edge}", f"allowed: one for each of the {n} prompts")
         found[edge[0], graph.aliases.get(edge[1], edge[1])] = [str(label) for label in listed]
     return found
@@ -660,11 +703,12 @@ def _labels(hypothesis: Mapping[tuple[str, str], Sequence], graph: Graph, n: int
 def _scrubber(model: TransformerBridge, task: Task, memory: int) -> tuple[Callable, Pairs, Graph]:
     "A function from donors and named edges to the metric of each clean prompt; the runs and the graph."
     import torch
-    pairs, graph = graph_pairs(model, task, "noise", memory), model_graph(model)
+    graph = model_graph(model)
+    pairs = graph_pairs(model, graph, task, "noise", memory)
     plain = _outputs(pairs, graph)
     def scrub(donors: Tensor, named: Tensor) -> Float[Tensor, "prompt"]:
         "One scrubbed run."
-        return _climb(_Scrubbed(pairs, graph, graph.allowed[None], 0, plain["embed"][None][:0], 0, plain, donors, named))[0]
+        return _climb(_Scrubbed(pairs, graph, graph.allowed[None], 0, plain["embed"][None][:0], plain=plain, donors=donors, named=named))[0]
     return scrub, pairs, graph
 
 # %% ../nbs/11_circuits.ipynb #7c1d30f1
@@ -672,6 +716,7 @@ def draw_circuit(model: TransformerBridge, circuit: pd.DataFrame, least: float =
     "A circuit, as `find_circuit` gives it, as a diagram: the embedding below, layers upwards, logits above; a line for each edge, as wide as the size of its `share`, dotted where it is negative, coloured by what it enters."
     from mechinterp_lib.plots import circuit_diagram
     for column in ("sender", "receiver", "share"): check_choice("column of circuit", column, getattr(circuit, "columns", []))
+    if not len(circuit): raise InputError("circuit", "no edges", "at least one is needed")
     graph, rows = model_graph(model), [["embed"]]
     graph.mask(circuit)
     for layer in range(model.cfg.n_layers):

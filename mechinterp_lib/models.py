@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ['NATIVE', 'LENS_FILE', 'new_model', 'forward_logits', 'check_model_folder', 'save_model', 'as_bridge', 'list_models',
            'describe_model', 'import_nanogpt', 'import_llama2c', 'shipped_name', 'load_model', 'token_ids',
            'token_names', 'written_by', 'head_label', 'parse_head', 'stream_parts', 'blank_model', 'set_head',
-           'induction_model', 'fixed_offset_model']
+           'induction_model', 'fixed_offset_model', 'two_branch_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
 _HF_CLASSES = {"GPT2LMHeadModel": "GPT2Config", "LlamaForCausalLM": "LlamaConfig", "Qwen3ForCausalLM": "Qwen3Config"}
@@ -580,4 +580,14 @@ def fixed_offset_model(distance: int, layer: int = 0, head: int = 0, n_layers: i
     check_range("layer", layer, 0, n_layers), check_range("head", head, 0, n_heads)
     module = blank_model(n_layers, n_heads, d_vocab, n_ctx)
     set_head(module, layer, head, query="position", key="position", write="answer", shift=distance)
+    return as_bridge(module)
+
+def two_branch_model(near: int = 0, far: int = 0, decoy: int | None = None, n_heads: int = 2, d_vocab: int = 12, n_ctx: int = 24) -> TransformerBridge:
+    """Two layers, attention only: head `near` of layer 0 copies the token before, head `far` of layer 1 the one two back, and their logits add up. Head `decoy` of layer 0 copies the token three back, and writes
+    where nothing reads; all others do nothing. `InputError` for a head that is not there, or is asked to be two."""
+    check_range("near", near, 0, n_heads), check_range("far", far, 0, n_heads)
+    if decoy is not None and check_range("decoy", decoy, 0, n_heads) == near: raise InputError("decoy", decoy, "this head is the near branch")
+    module = blank_model(2, n_heads, d_vocab, n_ctx)
+    if decoy is not None: set_head(module, 0, decoy, query="position", key="position", write="spare", shift=3)
+    for layer, head in enumerate((near, far)): set_head(module, layer, head, query="position", key="position", write="answer", shift=layer + 1)
     return as_bridge(module)
