@@ -5,12 +5,12 @@
 # %% ../nbs/07_activation_patching.ipynb #30a83151
 from __future__ import annotations
 
-import itertools, math, numbers, re
+import itertools, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from .core import PICTURES, InputError, check_choice, check_range, check_suffix, generator, write_text
+from .core import PICTURES, InputError, check_choice, check_number, check_range, check_suffix, generator, write_text
 from .data import encode
 from .interventions import COMPONENTS, MEMORY, Edit, Replay, capture, check_model, check_read, check_tokens, each_edit, hook_name, position_first, replaced
 from .models import head_label, parse_head, token_ids, token_names
@@ -554,7 +554,7 @@ def find_important_components(results: Scan | Mapping[Any, float], threshold: fl
     """The cells of a scan whose `share` of the clean-corrupted difference is at least `threshold` (signed: negative cells work against the answer), largest first, at most `top_k`. For an ablation, or a
     mapping from names to effects, `share` is the effect itself."""
     import pandas as pd
-    if not _is_number(threshold): raise InputError("threshold", threshold, "allowed: a number")
+    check_number("threshold", threshold)
     if top_k is not None: check_range("top_k", top_k, 1, 2**31)
     if isinstance(results, Mapping): frame = pd.DataFrame({"component": list(results), "share": [float(effect) for effect in results.values()]})
     elif isinstance(results, Scan):
@@ -564,10 +564,6 @@ def find_important_components(results: Scan | Mapping[Any, float], threshold: fl
     order = frame["share"].abs().sort_values(ascending=False, kind="stable").index
     frame = frame.loc[order]
     return frame[frame["share"].abs() >= threshold].head(len(frame) if top_k is None else top_k).reset_index(drop=True)
-
-def _is_number(value: Any) -> bool:
-    "Whether this is a finite real number, and no truth value."
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 # %% ../nbs/07_activation_patching.ipynb #ad20474d
 @dataclass(frozen=True)
@@ -825,7 +821,7 @@ def find_circuit(model: TransformerBridge, task: str | Task = "induction", metho
     that did not choose it. `task` is the name of one in `TASKS`, or a `Task` of one's own with at least 4 pairs. `InputError` if the model does not tell clean from corrupted prompts."""
     import pandas as pd
     check_choice("method", method, ["path_patching"])
-    if not _is_number(threshold) or threshold <= 0: raise InputError("threshold", threshold, "allowed: a number above 0")
+    check_number("threshold", threshold, above=0)
     task = as_task(model, task)
     n = len(_pair_tokens(model, task.clean, task.corrupted)[0])
     if n < 4: raise InputError("task", f"{n} pairs", "at least 4: one half chooses, the other measures")

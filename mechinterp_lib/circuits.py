@@ -5,7 +5,7 @@
 # %% ../nbs/11_circuits.ipynb #8f98566e
 from __future__ import annotations
 
-import itertools, math
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, has_component, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
 from .activation_patching import find_circuit as find_by_paths
-from .core import InputError, check_choice, check_range, generator
+from .core import InputError, check_choice, check_number, check_range, generator
 from .interventions import MEMORY, TOLERANCE, Edit, check_model, heads_alone, hook_name, replaced
 from .models import head_label
 from .statistics import auroc, map_intervals
@@ -539,7 +539,7 @@ def acdc(model: TransformerBridge, task: str | Task, threshold: float = 0.01, *,
     """The edges left when, from the logits down, each edge is dropped whose removal adds less than `threshold` to the circuit's distance from the model (Conmy et al. 2023): the mean over pairs of |F(C) - F(M)|, as a share of the
     difference between clean and corrupted. `ahead`: how many removals are tried in one batch; the result does not depend on it."""
     import torch
-    _check_above_zero("threshold", threshold)
+    check_number("threshold", threshold, above=0)
     check_range("ahead", ahead, 1, 100_000)
     runner = Runner(model, task, memory)
     graph, current = runner.graph, runner.graph.allowed.clone()
@@ -560,10 +560,6 @@ def acdc(model: TransformerBridge, task: str | Task, threshold: float = 0.01, *,
 def _is_used(graph: Graph, mask: Bool[Tensor, "sender receiver"], r: int) -> bool:
     "Whether a receiver is the logits, or an input of a node from which an edge starts."
     return not graph.receivers[list(graph.receivers)[r]] or bool(mask[graph.inputs[:, r]].any())
-
-def _check_above_zero(argument: str, value: float, most: float = math.inf) -> None:
-    "An `InputError` for anything but a finite number above 0, and at most `most`."
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= most or value == math.inf: raise InputError(argument, value, f"allowed: a finite number above 0{'' if most == math.inf else f', at most {most}'}")
 
 # %% ../nbs/11_circuits.ipynb #86591a56
 def halves(task: Task) -> tuple[Task, Task]:
@@ -588,7 +584,7 @@ def find_circuit(model: TransformerBridge, task: str | Task = "induction", metho
     """A circuit for a task, by name or a `Task` of one's own. "exact", "eap" and "eap-ig": the best edges by score, as many as reach `faithfulness` (counts go in steps of about a tenth); "acdc" and "path_patching": what they keep at
     `threshold`. `task.metric` may be a function of logits. Edges are chosen on every other pair; the column `share` is the exact effect of corrupting each edge of the whole model, as a share of the difference between the runs, on the rest."""
     import pandas as pd
-    check_model(model), check_choice("method", method, METHODS), _check_above_zero("faithfulness", faithfulness, 1), _check_above_zero("threshold", threshold)
+    check_model(model), check_choice("method", method, METHODS), check_number("faithfulness", faithfulness, above=0, most=1), check_number("threshold", threshold, above=0)
     task = as_task(model, task)
     if not hasattr(task.metric, "of_prompts"): task = replace(task, metric=run_pairs(model, task.clean, task.corrupted, [], task.metric, "denoise", memory).metric)          # a function of all logits, as a Metric
     choose, measure = halves(task)
@@ -607,7 +603,7 @@ def find_circuit(model: TransformerBridge, task: str | Task = "induction", metho
 def until_faithful(runner: Runner, scores: Scan, wanted: float = 0.9) -> list[tuple[str, str]]:
     "The edges with the best scores, as few as reach the wanted faithfulness on the runner's pairs; numbers of edges are tried in steps of about a tenth."
     import torch
-    _check_above_zero("faithfulness", wanted, 1)
+    check_number("faithfulness", wanted, above=0, most=1)
     counts = [1]
     while counts[-1] < runner.total: counts.append(min(runner.total, counts[-1] + max(1, counts[-1] // 10)))
     shares = runner.share(runner(torch.stack([runner.graph.mask(top_edges(scores, count)) for count in counts])))

@@ -5,17 +5,17 @@
 # %% ../nbs/00_core.ipynb #05a9efa7
 from __future__ import annotations
 
-import contextlib, hashlib, json, math, os, platform, random, subprocess, time
+import contextlib, hashlib, json, math, numbers, os, platform, random, subprocess, time
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 # %% auto #0
-__all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_suffix', 'home', 'cache_dir', 'atomic_path',
-           'write_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator', 'seeded', 'pick_device',
-           'pick_dtype', 'Result', 'file_hashes', 'provenance', 'results_dir', 'load_results', 'load_table',
-           'save_results', 'compare_results', 'Stage', 'run_stage']
+__all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_number', 'check_suffix', 'home', 'cache_dir',
+           'atomic_path', 'write_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator', 'seeded',
+           'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance', 'results_dir', 'load_results',
+           'load_table', 'save_results', 'compare_results', 'Stage', 'run_stage']
 
 # %% ../nbs/00_core.ipynb #9ed30da1
 class InputError(ValueError):
@@ -41,6 +41,13 @@ def check_range(argument: str, value: int, low: int, high: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value < high:
         raise InputError(argument, value, f"allowed: an integer from {low} to {high - 1}" if high > low else "nothing is allowed here")
     return int(value)
+
+def check_number(argument: str, value: float, above: float = -math.inf, most: float = math.inf) -> float:
+    "`value` as a float if it is finite, above `above` and at most `most`; an `InputError` otherwise."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or not above < value <= most:
+        limits = [f"above {above:g}"] * (above > -math.inf) + [f"at most {most:g}"] * (most < math.inf)
+        raise InputError(argument, value, f"allowed: {', '.join(['a finite number', *limits])}")
+    return float(value)
 
 # %% ../nbs/00_core.ipynb #946f7427
 PICTURES = (".html", ".svg", ".png")
