@@ -285,11 +285,12 @@ STAGES = {"formation": Stage(formation_stage, {"translator_rows": TRANSLATOR_ROW
 def findings(results: dict[str, Result]) -> list[str]:
     "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
     sentences = [
-        ("Read by a translator for each layer, six layers of characters go from {} nats a character at the embedding to {} at the end; a bigram model has {}, a trigram model {}.",
-         "shakespeare_small_tuned_embed_cross_entropy", "shakespeare_small_tuned_5_cross_entropy", "shakespeare_small_bigram_loss", "shakespeare_small_trigram_loss"),
-        ("Translators on an untrained model, taught what the trained one says, have {} at the embedding as well: that the embedding holds the bigrams says nothing of training. After layer 2 they have {}, those of the trained model {}.",
-         "shakespeare_small_taught_embed_cross_entropy", "shakespeare_small_taught_2_cross_entropy", "shakespeare_small_tuned_2_cross_entropy"),
-        ("The plain logit lens misleads by up to {} nats: so much further is a layer's prediction from the model's own than with a translator.", "shakespeare_small_misled"),
-        ("The last layer takes {} nats off by the plain lens, {} by the tuned one; of all characters a share of {} has its best guess settled only in the last two layers.",
-         "shakespeare_small_last_norm", "shakespeare_small_last_tuned", "shakespeare_small_norm_settled_late")]
+        ("Read by a translator for each layer, `shakespeare-small` goes from {} nats a character at the embedding to {} at the end, a little in every layer; a bigram model has {}, a trigram model {}. The embedding is {} nats from the bigram model; that of an untrained model, whose translator is taught what the trained one says, {}.",
+         "shakespeare_small_tuned_embed_cross_entropy", "shakespeare_small_tuned_5_cross_entropy", "shakespeare_small_bigram_loss", "shakespeare_small_trigram_loss", "shakespeare_small_tuned_embed_from_bigram", "shakespeare_small_taught_embed_from_bigram"),
+        ("Where a prediction forms differs from model to model: layers 1 to 3 take a share of {} of the fall in `shakespeare-small`, {} in `shakespeare`, whose first layer is enough for {} nats, and {} in BabyLlama-105.",
+         "shakespeare_small_middle", "shakespeare_middle", "shakespeare_tuned_0_cross_entropy", "babyllama_105_middle"),
+        ("The plain logit lens misleads: after layer 1 of `shakespeare-small` it is {} nats from the model's own prediction with the final norm and {} without, a translator {}; the last layer looks as if it took off {} nats and takes off {}.",
+         "shakespeare_small_norm_1_kl", "shakespeare_small_raw_1_kl", "shakespeare_small_tuned_1_kl", "shakespeare_small_last_norm", "shakespeare_small_last_tuned"),
+        ("The ten neurons of `shakespeare` that would be missed most cost {} nats a character each, ten random ones {}; a share of {} of the ten has a rule that holds on fresh text.",
+         "neurons_largest_effect", "neurons_random_effect", "neurons_largest_named")]
     return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
