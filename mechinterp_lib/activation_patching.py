@@ -294,7 +294,7 @@ class Scan:
     tokens: tuple[list[list[str]], ...] = ()
 
     def __repr__(self) -> str:
-        cells = " x ".join(f"{len(names)} {axis}" for axis, names in self.axes.items()) or "one cell"
+        cells = " x ".join(f"{len(names)} {axis}" for axis, names in self.axes.items()) or f"effect {self.effects.item():.3g}"
         return f"Scan of {self.component}, {self.direction}: {cells}, {len(self.clean)} pairs; {self.metric} without a patch {self.baseline:.3f}"
 
     @property

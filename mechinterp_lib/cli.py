@@ -60,7 +60,7 @@ def cmd_patch(args: argparse.Namespace) -> int:
 # %% ../nbs/30_cli.ipynb #b7d1358f
 def cmd_lens(args: argparse.Namespace) -> int:
     "Print what each layer would predict at a position of a text: its best tokens, and how far it is from the model's own prediction."
-    from mechinterp_lib.logit_lens import analyze, load_tuned_lens, plot_evolution
+    from mechinterp_lib.logit_lens import analyze, load_tuned_lens, measure_convergence, plot_evolution
     from mechinterp_lib.models import load_model
     if args.save: check_suffix("save", args.save)
     model = load_model(args.model, device=args.device)
@@ -71,6 +71,8 @@ def cmd_lens(args: argparse.Namespace) -> int:
     for row in summary.itertuples():
         best = "  ".join(f"{token!r} {probability:.3f}" for token, probability in top[top.layer == row.layer][["token", "probability"]].itertuples(index=False))
         print(f"{row.layer!s:>5}  KL {row.kl:6.3f}  {best}")
+    settled = measure_convergence(lens)["layer"]
+    print(f"best token settled from layer {settled if isinstance(settled, (int, str)) else settled[at]} on")
     if args.save:
         plot_evolution(lens, args.save)
         print(f"written to {args.save}")

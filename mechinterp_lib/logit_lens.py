@@ -64,7 +64,7 @@ def stream_decoder(model: TransformerBridge, mode: str = "norm", norm: str = "fi
     "The function from a layer's stream to logits. `InputError` for an unknown mode, a norm with another mode than `norm`, or a tuned lens of another model."
     check_model(model), check_choice("mode", mode, MODES), check_choice("norm", norm, NORMS)
     if norm == "next": _check_next(model, mode)
-    if (mode == "tuned") != (tuned is not None): raise InputError("tuned", type(tuned).__name__, "a TunedLens goes with mode='tuned', and with no other")
+    if (mode == "tuned") != (tuned is not None): raise InputError("tuned", type(tuned).__name__, "mode='tuned' needs tuned=, a TunedLens, and no other mode takes one; load_tuned_lens('shakespeare', model) opens a shipped one, fit_tuned_lens makes one")
     if tuned is not None: tuned.check(model)
     last, cap = model.cfg.n_layers - 1, logit_cap(model)
     def decode(stream: Float[Tensor, "... d_model"], layer: Layer) -> Float[Tensor, "... d_vocab"]:
@@ -357,8 +357,9 @@ class TunedLens:
         if self.key != weights_key(model): raise InputError("tuned", repr(self), "it was fitted to another model, or to other weights")
 
     def save(self, path: str | Path) -> Path:
-        "Write it as safetensors, whole or not at all."
+        "Write it as safetensors, whole or not at all; into a folder, such as the model's, as `tuned_lens.safetensors`."
         from safetensors.torch import save_file
+        if Path(path).is_dir(): path = Path(path) / LENS_FILE
         with atomic_path(path) as temporary: save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, temporary, {"key": self.key, "layers": " ".join(map(str, self.layers))})
         return Path(path)
 
@@ -378,6 +379,7 @@ def weights_key(model: TransformerBridge) -> str:
 def load_tuned_lens(path: str | Path, model: TransformerBridge) -> TunedLens:
     "A saved lens of this model: a file, or the `tuned_lens.safetensors` in a checkpoint's folder or beside a shipped model, by its name. `InputError` for a file that is none, or belongs to another model."
     from safetensors import safe_open
+    if not isinstance(path, (str, Path)): raise InputError("path", type(path).__name__, "allowed: a file, a folder or a shipped model's name; the model comes second")
     if shipped := shipped_name(path): path = home() / "models" / shipped
     if Path(path).is_dir(): path = Path(path) / LENS_FILE
     if not Path(path).is_file(): raise InputError("path", str(path), "there is no such file; fit_tuned_lens makes a lens, and its save writes it there")
