@@ -27,7 +27,8 @@ def cmd_models(args: argparse.Namespace) -> int:
     for name in list_models():
         try: about = describe_model(name)
         except InputError as error: print(f"mechinterp: {name} is damaged: {error}", file=sys.stderr); damaged += 1; continue
-        loss = f"validation loss {about['validation_loss']:.3f} nats/token at step {about['best_step']}" if isinstance(about["validation_loss"], float) else ""
+        loss = f"validation loss {about['validation_loss']:.3f} nats/token" if isinstance(about["validation_loss"], float) else ""
+        if about["best_step"] is not None: loss += f" at step {about['best_step']}"
         print(f"{name:34} {about['parameters']:>11,} parameters  {about['n_layers']} layers x {about['n_heads']} heads  d_model {about['d_model']:<4} {loss}")
     return 2 if damaged else 0
 
