@@ -248,7 +248,9 @@ def test_patch_refuses_what_it_cannot_use(lettered, capsys, more): one_line(caps
 def test_lens_prints_every_layer(lettered, place, capsys):
     assert cli.main(["lens", str(lettered), "the cat", "--position", "2", "--top", "3", "--save", str(place / "lens.html")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in said[:-1]] == ["embed", "0", "1"] and said[2].startswith("    1  KL  0.000") and all(line.count("'") == 6 for line in said[:-1])
+    assert [line.split()[0] for line in said[:3]] == ["embed", "0", "1"] and said[2].startswith("    1  KL  0.000") and all(line.count("'") == 6 for line in said[:3])
+    best = [line.split("'")[1] for line in said[:3]]
+    assert said[3:] == [f"best token settled from layer {next(said[i].split()[0] for i in range(3) if set(best[i:]) == {best[2]})} on", f"written to {place / 'lens.html'}"]
     assert "http://" not in (place / "lens.html").read_text()[:2000]
 
 
