@@ -130,7 +130,7 @@ def d_vocab(recipe: Recipe) -> int:
 
 # %% ../nbs/05_training.ipynb #d5d05fc2
 def mixed_precision(device: str) -> bool:
-    "Whether `device` multiplies bfloat16 matrices in hardware, and faster than float32."
+    "Whether `device` multiplies bfloat16 matrices in hardware made for it: tiles (AMX), or an accelerator's units."
     import torch
     if device.startswith("cuda"): return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)

@@ -16,7 +16,7 @@ from ..activation_patching import Part, ablate_component
 from ..core import Result, Stage, generator, home
 from ..interventions import capture, hook_name, replaced
 from ..logit_lens import TunedLens, check_layers, fit_tuned_lens, lens_statistics, load_tuned_lens, logit_lens
-from ..models import LENS_FILE, written_by
+from ..models import LENS_FILE, shipped_name, written_by
 from ..neuron_analysis import get_neuron_activations, rule_precision
 from ..statistics import mean_result, rate_result
 from ..subjects import (PUBLIC_FILES, SIX_LAYERS, Subject, babyllama_missing, bos_token, brief, corpus_missing, kept, key, over_seeds, public_subjects, shipped_subjects, shown_tokens, subject_files, subject_tokens, untrained_subjects, with_bos)
@@ -110,13 +110,15 @@ def with_head_of(twin: TransformerBridge, model: TransformerBridge) -> Transform
 
 def kept_lens(subject: Subject, model: TransformerBridge, rows: Int[Tensor, "row pos"]) -> TunedLens:
     "The translators beside a shipped model, in 16 bits; trained on `rows`, and put there, where there are none. Those of a model that is not shipped are trained each time."
-    folder = home() / "models" / subject.family / f"seed{subject.seed}"
-    if (folder / LENS_FILE).exists(): return load_tuned_lens(folder, model)
+    name = shipped_name(f"{subject.family}/seed{subject.seed}")
+    folder = home() / "models" / name if name else None
+    if folder and (folder / LENS_FILE).exists(): return load_tuned_lens(folder, model)
     lens = fit_tuned_lens(model, rows, steps=TRANSLATOR_STEPS)
     lens = replace(lens, weight=lens.weight.half(), bias=lens.bias.half())
-    if folder.exists(): lens.save(folder / LENS_FILE)
+    if folder: lens.save(folder)
     return lens
 
+# %% ../../nbs/22_prediction_formation.ipynb #ec2f08ce
 def formation(subject: Subject, twin: Subject | None) -> tuple[dict[tuple[str, str, str], Float[np.ndarray, "row"]], dict[str, Float[np.ndarray, "row"]]]:
     "By (mode, layer, measure), and by name for what belongs to no layer: one value a row of the text. `taught` is the twin's (the last layer has no translator, and whose end it is nearest to is not asked), `untrained` its plain lens; of `half`, translators trained for half as many steps, only the loss above those of `tuned` is kept."
     model = subject.open()
