@@ -196,20 +196,6 @@ class _Parser(argparse.ArgumentParser):
     "A parser whose errors are like all others here: one line."
     def error(self, message: str) -> NoReturn: raise InputError("arguments", self.prog, f"{message}; see {self.prog} --help")
 
-def _data(add: Callable) -> None:
-    "The command that writes data sets."
-    from mechinterp_lib.data import SPLITS, WORDINGS
-    kinds = add("data", cmd_data).add_subparsers(dest="data", required=True, metavar="KIND")
-    addition = kinds.add_parser("addition", help="sums, differences and increments in words", description="Write arithmetic problems, both orders of a pair in one split, held-out splits with equal shares of each carry pattern.")
-    addition.add_argument("--digits", type=int, default=2, help="of the operands, 1 to 3 (default: 2)")
-    addition.add_argument("--operation", default="add", choices=list(WORDINGS))
-    addition.add_argument("--wording", action="append", help=f"may be given several times (default: question); add, increment: {', '.join(WORDINGS['add'])}; subtract: {', '.join(WORDINGS['subtract'])}")
-    addition.add_argument("--reversed", action="store_true", help="the answer's digits from the units on")
-    for name, size in SPLITS.items(): addition.add_argument(f"--{name}", type=int, default=size, help=f"problems of this split (default: {size})")
-    addition.add_argument("--seed", type=int, default=0, help="of the split (default: 0, the split of the shipped models)")
-    addition.add_argument("--format", choices=["csv", "jsonl"], help="default: what --out says, or csv")
-    addition.add_argument("--out", type=Path, help="the file (default: addition.csv or addition.jsonl)")
-
 def _looking(add: Callable) -> None:
     "The commands that look into a model."
     patch = add("patch", cmd_patch)
@@ -234,6 +220,21 @@ def _looking(add: Callable) -> None:
     attention.add_argument("--out", type=Path, default=Path("attention.html"), help="the page, or with .svg or .png a map (default: attention.html)")
     attention.add_argument("--layer", type=int, default=0, help="the head that is shown first")
     attention.add_argument("--head", type=int, default=0)
+
+# %% ../nbs/30_cli.ipynb #3229a2fa
+def _data(add: Callable) -> None:
+    "The command that writes data sets."
+    from mechinterp_lib.data import SPLITS, WORDINGS
+    kinds = add("data", cmd_data).add_subparsers(dest="data", required=True, metavar="KIND")
+    addition = kinds.add_parser("addition", help="sums, differences and increments in words", description="Write arithmetic problems, both orders of a pair in one split, held-out splits with equal shares of each carry pattern.")
+    addition.add_argument("--digits", type=int, default=2, help="of the operands, 1 to 3 (default: 2)")
+    addition.add_argument("--operation", default="add", choices=list(WORDINGS))
+    addition.add_argument("--wording", action="append", help=f"may be given several times (default: question); add, increment: {', '.join(WORDINGS['add'])}; subtract: {', '.join(WORDINGS['subtract'])}")
+    addition.add_argument("--reversed", action="store_true", help="the answer's digits from the units on")
+    for name, size in SPLITS.items(): addition.add_argument(f"--{name}", type=int, default=size, help=f"problems of this split (default: {size})")
+    addition.add_argument("--seed", type=int, default=0, help="of the split (default: 0, the split of the shipped models)")
+    addition.add_argument("--format", choices=["csv", "jsonl"], help="default: what --out says, or csv")
+    addition.add_argument("--out", type=Path, help="the file (default: addition.csv or addition.jsonl)")
 
 # %% ../nbs/30_cli.ipynb #8801f2aa
 def parser() -> argparse.ArgumentParser:

@@ -373,13 +373,17 @@ def snapshots(recipe: Recipe, seed: int, steps: Sequence[int] | None = None) -> 
         if steps is None or step in steps: yield step, load_weights(snapshot_path(recipe, seed, step), new_model(recipe.architecture, seed)).eval()
 
 # %% ../nbs/05_training.ipynb #f77078f6
-def _lowest_loss(log: Sequence[dict]) -> dict | None:
-    "The first evaluation with the lowest validation loss."
-    return min(log, key=lambda entry: entry["validation_loss"], default=None)
+def _kept(recipe: Recipe, log: Sequence[dict]) -> dict[str, dict]:
+    "The evaluations whose weights a run keeps, by file: the first with the lowest validation loss, and of sums the first at which the share of exact answers was nearest to one half."
+    kept = {"best": min(log, key=lambda entry: entry["validation_loss"])}
+    return kept | {"early": min(log, key=lambda entry: abs(entry["validation_accuracy"] - 0.5))} if recipe.wordings else kept
 
-def _half_right(log: Sequence[dict]) -> dict:
-    "The first evaluation at which the share of exact answers was nearest to one half."
-    return min(log, key=lambda entry: abs(entry["validation_accuracy"] - 0.5))
+def _evaluation(run: _Run) -> dict:
+    "Loss of a run on the validation rows at its present step and, of sums, how many are right."
+    loss, exact = validation(run.module, run.rows)
+    if not math.isfinite(loss): raise InputError("recipe", run.recipe.name, f"the loss is {loss} at step {run.step}; try a lower learning rate")
+    entry = {"step": run.step, "train_loss": sum(run.losses) / len(run.losses), "validation_loss": loss, "seconds": round(run.seconds, 1)}
+    return entry | {"validation_accuracy": exact, "test": right_shares(run.module, "test")} if run.recipe.wordings else entry
 
 # %% ../nbs/05_training.ipynb #30f2ad14
 @dataclass
@@ -414,21 +418,17 @@ class _Run:
         if self.step in self.recipe.snapshots: _save_weights(snapshot_path(self.recipe, self.seed, self.step), self.module)
 
     def evaluate(self) -> dict:
-        "Log the validation loss, and how many sums are right; keep the weights if the loss is the lowest so far, or half of the answers are right more nearly than ever."
-        loss, exact = validation(self.module, self.rows)
-        if not math.isfinite(loss): raise InputError("recipe", self.recipe.name, f"the loss is {loss} at step {self.step}; try a lower learning rate")
-        if all(loss < entry["validation_loss"] for entry in self.log): _save_weights(self.folder / "best.safetensors", self.module)
-        self.log.append({"step": self.step, "train_loss": sum(self.losses) / len(self.losses), "validation_loss": loss, "seconds": round(self.seconds, 1)})
-        if self.recipe.wordings:
-            self.log[-1] |= {"validation_accuracy": exact, "test": right_shares(self.module, "test")}
-            if _half_right(self.log) is self.log[-1]: _save_weights(self.folder / "early.safetensors", self.module)
+        "Log an evaluation, and save the weights if they are among those to keep."
+        self.log.append(_evaluation(self))
+        for name, entry in _kept(self.recipe, self.log).items():
+            if entry is self.log[-1]: _save_weights(self.folder / f"{name}.safetensors", self.module)
         self.losses = []
         return self.log[-1]
 
 # %% ../nbs/05_training.ipynb #1790fa6a
 def _finished(run: _Run) -> bool:
     "Whether all steps are done, or the last `patience` of them brought no lower validation loss."
-    best = _lowest_loss(run.log)
+    best = min(run.log, key=lambda entry: entry["validation_loss"], default=None)
     return run.step == run.recipe.steps or best is not None and run.recipe.patience is not None and run.log[-1]["step"] - best["step"] >= run.recipe.patience
 
 def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedTokenizerFast]:
@@ -449,25 +449,28 @@ def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedToke
     return run, tokenizer
 
 # %% ../nbs/05_training.ipynb #0255586d
-def _early_folder(out: Path) -> Path: return out.with_name(f"{out.name}-early")
+def _early_folder(out: Path) -> Path:
+    "Where the early self of a model of sums goes."
+    return out.with_name(f"{out.name}-early")
 
-def _write_model(run: _Run, tokenizer: PreTrainedTokenizerFast, kept: str, entry: dict, out: Path) -> dict:
-    "Write the weights that a finished run kept as `best` or `early`, at the step of `entry`, to `out`; returns what `training.json` says."
+def _write_model(run: _Run, tokenizer: PreTrainedTokenizerFast, name: str, entry: dict, out: Path) -> dict:
+    "Write the weights that a finished run kept as `name` at the evaluation `entry` to `out`; returns what `training.json` says."
     from mechinterp_lib.core import _version
-    module = load_weights(run.folder / f"{kept}.safetensors", new_model(run.recipe.architecture, run.seed))
+    module = load_weights(run.folder / f"{name}.safetensors", new_model(run.recipe.architecture, run.seed))
     loss, exact = validation(module, run.rows)
-    record = {"recipe": asdict(run.recipe), "seed": run.seed, f"{kept}_step": entry["step"], "validation_loss": loss,
-              "validation_tokens": (inputs_and_targets(run.rows)[1] >= 0).sum().item(), "parameters": sum(p.numel() for p in module.parameters()), "device": run.device,
-              "mixed_precision": mixed_precision(run.device), "seconds": round(entry["seconds"] if kept == "early" else run.seconds, 1), "torch": _version("torch"), "transformers": _version("transformers")}
+    record = {"recipe": asdict(run.recipe), "seed": run.seed, f"{name}_step": entry["step"], "validation_loss": loss, "validation_tokens": (inputs_and_targets(run.rows)[1] >= 0).sum().item(),
+              "parameters": sum(p.numel() for p in module.parameters()), "device": run.device, "mixed_precision": mixed_precision(run.device),
+              "seconds": round(run.seconds if name == "best" else entry["seconds"], 1), "torch": _version("torch"), "transformers": _version("transformers")}
     if run.recipe.wordings: record |= {"validation_accuracy": exact} | {split: right_shares(module, split) for split in ("test", "confirmation")}
-    record["log"] = run.log[:run.log.index(entry) + 1] if kept == "early" else run.log
+    record["log"] = run.log if name == "best" else run.log[:run.log.index(entry) + 1]
     save_model(module, tokenizer, out, training=record)
     return record
 
 def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
-    "Write the best weights of a finished run to `out`, and of sums those with half of the answers right to `OUT-early`; returns what `training.json` of the best says."
-    if run.recipe.wordings: _write_model(run, tokenizer, "early", _half_right(run.log), _early_folder(out))
-    return _write_model(run, tokenizer, "best", _lowest_loss(run.log), out)
+    "Write the models that a finished run kept: the best to `out`, an early one beside it; returns what `training.json` says of the best."
+    kept = _kept(run.recipe, run.log)
+    if "early" in kept: _write_model(run, tokenizer, "early", kept["early"], _early_folder(out))
+    return _write_model(run, tokenizer, "best", kept["best"], out)
 
 # %% ../nbs/05_training.ipynb #b1c6c5df
 def model_dir(recipe: Recipe, seed: int) -> Path:
