@@ -218,7 +218,7 @@ def addition_problems(a: int | Sequence[int] | None = None, b: int | Sequence[in
     if (a is None) != (b is None): raise InputError("a, b", (a, b), "allowed: both or neither")
     if a is None: a, b = (grid.ravel() for grid in np.meshgrid(np.arange(low, high), np.arange(*second), indexing="ij"))
     a, b = _operand("a", a, low, high), _operand("b", b, *second)
-    if len(a) != len(b): raise InputError("b", f"{len(b)} numbers", f"allowed: as many as a has, {len(a)}")
+    if len(a) != len(b): raise InputError("b", f"length {len(b)}", f"allowed: as many numbers as a has, {len(a)}")
     carry, passes = map(_place_names, _carries(a, b, operation, digits))
     return pd.DataFrame({"operation": operation, "a": a, "b": b, "answer": a - b if operation == "subtract" else a + b, "carry": carry, "passes": passes})
 
