@@ -13,7 +13,7 @@ from typing import NoReturn
 from .core import (PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir,
                                  run_stage, write_text)
 
-EXPERIMENTS = ("induction_heads", "head_taxonomy", "prediction_formation")
+EXPERIMENTS = ("induction_heads", "head_taxonomy", "prediction_formation", "addition_circuits")
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'cmd_run',
@@ -111,8 +111,9 @@ def _experiment(name: str):
     return importlib.import_module(f"mechinterp_lib.experiments.{name}")
 
 def cmd_run(args: argparse.Namespace) -> int:
-    "Make the stages of an experiment and write them to `results/`."
+    "Make the stages of an experiment and write them to `results/`; or, with --model, ask a model of your own the same (addition_circuits)."
     experiment = _experiment(args.experiment)
+    if args.model: return _run_on(experiment, args)
     for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
     reasons = {stage: experiment.STAGES[stage].missing() for stage in args.stage or experiment.STAGES}
     for stage in args.stage or ():
@@ -122,6 +123,19 @@ def cmd_run(args: argparse.Namespace) -> int:
         run_stage(args.experiment, stage, experiment.STAGES[stage], write=True)
         print(f"{stage}: written to {results_dir(args.experiment)}")
     return 0
+
+def _run_on(experiment, args: argparse.Namespace) -> int:
+    "Ask the reader's model what an experiment asks of the shipped ones."
+    from mechinterp_lib.models import load_model
+    if not hasattr(experiment, "analyse"): raise InputError("model", args.model, f"{args.experiment} looks at shipped models alone; allowed with: addition_circuits")
+    if args.stage: raise InputError("stage", args.stage, "not together with --model")
+    out = args.out or Path(f"{args.experiment}-{Path(args.model).name}")
+    tables = experiment.analyse(load_model(args.model, device=args.device), out)
+    accuracy = tables["accuracy"]
+    print(accuracy[accuracy.by == "wording"].drop(columns="by").rename(columns={"group": "wording"}).round(3).to_string(index=False))
+    print(f"written to {out}: {', '.join(tables)}")
+    return 0
+
 
 # %% ../nbs/30_cli.ipynb #b300b72e
 def _stored_stages(name: str) -> dict[str, dict]:
@@ -258,6 +272,9 @@ def parser() -> argparse.ArgumentParser:
     run = add("run", cmd_run)
     run.add_argument("experiment", help=", ".join(EXPERIMENTS))
     run.add_argument("--stage", action="append", help="only this stage (may be given several times)")
+    run.add_argument("--model", help="a model of your own, as load_model takes it, in the place of the shipped ones (addition_circuits)")
+    run.add_argument("--out", type=Path, help="with --model: the folder that is written (default: EXPERIMENT-MODEL)")
+    run.add_argument("--device", help="with --model: cpu, cuda or mps")
     add("verify", cmd_verify).add_argument("experiment", nargs="?", help="default: all that have results")
     add("report", cmd_report)
     return top

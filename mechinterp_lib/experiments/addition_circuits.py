@@ -33,10 +33,11 @@ __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'CHUNK', 'ERRORS', 'ABLATIONS', 'PA
            'FLIP_PAIRS', 'LEARNED', 'STAGES', 'problems_of', 'completions', 'parse_answer', 'answer_kind',
            'evaluate_addition', 'summary_of', 'favourite', 'Asked', 'ask', 'parts_of', 'ablated', 'place_asked',
            'partner', 'flip_pairs', 'known_pairs', 'flips', 'attention_to', 'read_flips', 'streams', 'at_place',
-           'probe_accuracy', 'carries', 'moved_digits', 'between_means', 'carry_moves', 'wave_shares', 'two_best',
-           'shuffled_waves', 'digit_embeddings', 'save_activations', 'first_digits', 'digit_leads', 'lead_differences',
-           'early_name', 'accuracy_stage', 'halfway_stage', 'ablation_stage', 'flip_rows', 'best_part', 'flips_stage',
-           'reads_stage', 'carry_stage', 'waves_stage', 'analyse']
+           'probe_accuracy', 'carries', 'moved_digits', 'between_means', 'carry_moves', 'spanned', 'subspace_flips',
+           'carry_bases', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings',
+           'save_activations', 'digit_leads', 'lead_differences', 'early_name', 'accuracy_stage', 'halfway_stage',
+           'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage', 'carry_stage', 'waves_stage',
+           'analyse']
 
 # %% ../../nbs/23_addition_circuits.ipynb #54104173
 EXPERIMENT, TRAINED, FRESH = "addition_circuits", ("question", "sum", "plus", "bare"), "add"
@@ -138,6 +139,13 @@ class Asked:
     at: Int[Tensor, "problem"]
     token: Int[Tensor, "problem"]
     positions: dict[str, Int[Tensor, "problem"]]
+
+    def place(self, name: str) -> Int[Tensor, "problem"]:
+        "The position of each problem that `asked` (before the digit), `first` (before the first digit of the answer) or the name of a digit stands for."
+        import torch
+        if name == "asked": return self.at
+        if name != "first": return self.positions[check_choice("place", name, ["asked", "first", *self.positions])]
+        return torch.stack([at.masked_fill(at < 0, 2**31) for digit, at in self.positions.items() if digit in {f"answer_{place}" for place in PLACES}]).amin(0) - 1
 
     def metric(self, tokens: Int[Tensor, "problem"] | None = None) -> Metric:
         "Whether the digit is said (1 or 0): the right one, or that of `tokens`."
@@ -274,13 +282,16 @@ def carries(problems: pd.DataFrame) -> Bool[Tensor, "problem"]:
     import torch
     return torch.tensor((problems.a % 10 + problems.b % 10 >= 10).to_numpy())
 
-# %% ../../nbs/23_addition_circuits.ipynb #4a2d16a8
-def moved_digits(model: TransformerBridge, asked: Asked, layer: int, moves: Float[Tensor, "problem d_model"]) -> Int[np.ndarray, "problem"]:
-    "The token that each problem's run says where the digit is asked for, with the stream after a layer moved there."
+# %% ../../nbs/23_addition_circuits.ipynb #cb8a13fa
+def moved_digits(model: TransformerBridge, asked: Asked, layer: int, moves: Mapping[str, Float[Tensor, "problem d_model"]]) -> Int[np.ndarray, "problem"]:
+    "The token that each problem's run says where the digit is asked for, with the stream after a layer moved at the places that `moves` names: `asked`, and `first`, where the first digit of the answer is asked for (unless that is the same)."
     import torch
-    replay, row = Replay(model, asked.rows, keep=["resid_post"]), torch.arange(len(asked.rows))
-    value = replay.kept["resid_post"][layer][row, asked.at] + moves
-    return replay.run([Edit("resid_post", layer, row, value, asked.at)], row, asked.at[:, None].numpy())[:, 0].argmax(-1).numpy()
+    replay, row, edits = Replay(model, asked.rows, keep=["resid_post"]), torch.arange(len(asked.rows)), []
+    for name, move in moves.items():
+        at = asked.place(name)
+        rows = row if name == "asked" else (at != asked.at).nonzero()[:, 0]
+        if len(rows): edits.append(Edit("resid_post", layer, rows, (replay.kept["resid_post"][layer][row, at] + move)[rows], at[rows]))
+    return replay.run(edits, row, asked.at[:, None].numpy())[:, 0].argmax(-1).numpy()
 
 def between_means(stream: Float[Tensor, "problem d_model"], labels: Bool[Tensor, "problem"]) -> Float[Tensor, "d_model"]:
     "From the mean of the problems without the label to that of those with it."
@@ -296,9 +307,31 @@ def carry_moves(model: TransformerBridge, learned: Asked, stream: Float[Tensor, 
     ids = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)])
     found = {}
     for name, way in (("carry", direction), ("even tens", even / even.norm() * direction.norm()), ("random", random / random.norm() * direction.norm())):
-        said = moved_digits(model, asked, layer, sign[:, None] * way)
+        said = moved_digits(model, asked, layer, {"asked": sign[:, None] * way})
         found[name] = {"moved": (said == ids[(tens + sign.numpy()) % 10]).astype(float), "stayed": (said == ids[tens]).astype(float)}
     return found
+
+# %% ../../nbs/23_addition_circuits.ipynb #3ccdfa4b
+def spanned(stream: Float[Tensor, "problem d_model"], labels: Int[Tensor, "problem"], keep: float = 1e-3) -> Float[Tensor, "d_model dim"]:
+    "An orthonormal basis of what the means by label span, about their own mean; directions that hold less than `keep` of the largest are left out."
+    import torch
+    means = torch.stack([stream[labels == label].mean(0) for label in labels.unique()])
+    values, rows = torch.linalg.svd(means - means.mean(0), full_matrices=False)[1:]
+    return rows[values > keep * values[0]].T
+
+def subspace_flips(model: TransformerBridge, first: Asked, second: Asked, layer: int, bases: Mapping[str, Mapping[str, Float[Tensor, "d_model dim"]]]) -> dict[str, Float[np.ndarray, "pair"]]:
+    "For each subspace, whether the first problem's digit flips to the second's (1 or 0) when the stream after a layer is the second's in that subspace, at the places of the answer named in `bases[place][subspace]`."
+    seen, wanted = [streams(model, one)[str(layer)] for one in (first, second)], second.token.numpy()
+    gaps = {place: at_place(seen[1], second.place(place)) - at_place(seen[0], first.place(place)) for place in bases}
+    return {name: (moved_digits(model, first, layer, {place: gap @ bases[place][name] @ bases[place][name].T for place, gap in gaps.items()}) == wanted).astype(float) for name in bases["asked"]}
+
+def carry_bases(learned: Asked, stream: Float[Tensor, "problem d_model"], seed: int = 0) -> dict[str, Float[Tensor, "d_model dim"]]:
+    "The subspaces of the text above, from the `stream` of the `learned` problems."
+    import torch
+    sums = torch.tensor((learned.problems.a % 10 + learned.problems.b % 10).to_numpy())
+    found = {"carry": spanned(stream, carries(learned.problems).long()), "sum": spanned(stream, sums)}
+    random = torch.randn(stream.shape[1], found["sum"].shape[1], generator=torch.Generator().manual_seed(seed))
+    return found | {"random": torch.linalg.qr(random)[0], "all": torch.eye(stream.shape[1])}
 
 # %% ../../nbs/23_addition_circuits.ipynb #6d416c65
 def wave_shares(vectors: Float[np.ndarray, "digit d_model"]) -> Float[np.ndarray, "frequency"]:
@@ -306,6 +339,11 @@ def wave_shares(vectors: Float[np.ndarray, "digit d_model"]) -> Float[np.ndarray
     centred = vectors - vectors.mean(0)
     power = (np.abs(np.fft.rfft(centred, axis=0)) ** 2).sum(1)[1:] * np.where(np.arange(1, len(vectors) // 2 + 1) * 2 == len(vectors), 1, 2)
     return power / power.sum()
+
+def line_share(vectors: Float[np.ndarray, "digit d_model"]) -> float:
+    "The share of the variance that a straight line holds, on which the digits lie in order and evenly spaced."
+    ramp = np.arange(len(vectors)) - (len(vectors) - 1) / 2
+    return float(np.square(ramp @ vectors).sum() / np.square(ramp).sum() / np.square(vectors - vectors.mean(0)).sum())
 
 def two_best(shares: Float[np.ndarray, "frequency"]) -> float:
     "What the two largest hold together."
@@ -326,39 +364,31 @@ def save_activations(model: TransformerBridge, problems: pd.DataFrame, folder: s
     "Write what each problem's run shows where the first digit of the answer is predicted: `activations.safetensors` holds the stream `[problem, d_model]` and each layer's `z` `[problem, head, d_head]`, `index.csv` the problems, what was said, and of which kind it is."
     import torch
     from safetensors.torch import save
-    answers, (rows, _) = evaluate_addition(model, problems, [wording]), first_digits(model, problems, wording)
+    answers, asked = evaluate_addition(model, problems, [wording]), ask(model, problems, "units", wording)
     names = [hook_name(model, component, layer) for layer in range(model.cfg.n_layers) for component in ("resid_pre", "z", "resid_post")]
-    seen = [{name: value[:, -1].cpu() for name, value in capture(model, some, names)[1].items()} for some in rows.split(CHUNK)]
+    row, at = torch.arange(CHUNK), asked.place("first")
+    seen = [{name: value[row[:len(value)], at[some]].cpu() for name, value in capture(model, asked.rows[some], names)[1].items()} for some in torch.arange(len(at)).split(CHUNK)]
     folder = Path(folder)
     with atomic_path(folder / "activations.safetensors") as temporary: temporary.write_bytes(save({name: torch.cat([one[name] for one in seen]).contiguous() for name in names}))
     write_text(folder / "index.csv", answers.to_csv(index_label="row"))
     return folder
 
-def first_digits(model: TransformerBridge, problems: pd.DataFrame, wording: str = "question") -> tuple[Int[Tensor, "problem pos"], Int[Tensor, "problem"]]:
-    "Prompts up to the place that predicts the first digit of the answer, and the token of that digit; an `InputError` where the prompts differ in number of tokens."
+# %% ../../nbs/23_addition_circuits.ipynb #f943f506
+def digit_leads(model: TransformerBridge, asked: Asked) -> tuple[dict[str, Float[np.ndarray, "problem"]], Bool[np.ndarray, "problem"]]:
+    "What each part adds to the logit of the right digit above the mean of the other digits (nats, the last norm held as it is), and whether that digit is said."
     import torch
-    encoded = encode_problems(model.tokenizer, problems, wording, bos=bos_token(model))
-    if not encoded.mask.all(): raise InputError("wording", wording, "this model's tokens for the prompts differ in number; positions would not be the same")
-    first = torch.stack([at.masked_fill(at < 0, 2**31) for name, at in encoded.positions.items() if name in {f"answer_{place}" for place in PLACES}]).amin(0)
-    whole = torch.cat([encoded.prompts, encoded.answers.clamp(min=0)], 1)
-    return whole[:, :int(first[0])], whole.gather(1, first[:, None])[:, 0]
-
-# %% ../../nbs/23_addition_circuits.ipynb #4acb8e41
-def digit_leads(model: TransformerBridge, problems: pd.DataFrame) -> tuple[dict[str, Float[np.ndarray, "problem"]], Bool[np.ndarray, "problem"]]:
-    "What each part adds to the logit of the right first digit above the mean of the other digits (nats, the last norm held as it is), and whether that digit is said."
-    import torch
-    rows, right = first_digits(model, problems)
-    vocabulary, found, said = model.tokenizer.get_vocab(), [], []
-    digits, gain = torch.tensor([vocabulary[str(digit)] for digit in range(10)]), norm_gain(model)
-    for some, answer in zip(rows.split(CHUNK), right.split(CHUNK)):
-        parts, total, logits = stream_contributions(model, some)
-        with torch.no_grad():
-            unembed = model.unembed.W_U.T
-            direction = (unembed[answer] - unembed[digits].mean(0)) * 10 / 9
+    vocabulary, unembed, gain = model.tokenizer.get_vocab(), model.unembed.W_U.T.detach(), norm_gain(model)
+    others = unembed[[vocabulary[str(digit)] for digit in range(10)]].mean(0)
+    leads, said = {}, torch.zeros(len(asked.rows), dtype=torch.bool)
+    for at in asked.at.unique():
+        some = (asked.at == at).nonzero()[:, 0]
+        for rows in some.split(CHUNK):
+            parts, total, logits = stream_contributions(model, asked.rows[rows], position=int(at))
             scale = (total - total.mean(-1, keepdim=True) if model.cfg.normalization_type.startswith("LN") else total).square().mean(-1).sqrt()
-            found.append({name: (gain(part) * direction).sum(-1) / scale for name, part in parts.items()})
-        said.append(logits.argmax(-1) == answer)
-    return {name: torch.cat([one[name] for one in found]).double().numpy() for name in found[0]}, torch.cat(said).numpy()
+            direction = (unembed[asked.token[rows]] - others) * 10 / 9
+            for name, part in parts.items(): leads.setdefault(name, torch.zeros(len(asked.rows)))[rows] = ((gain(part) * direction).sum(-1) / scale).detach()
+            said[rows] = logits.argmax(-1) == asked.token[rows]
+    return {name: lead.double().numpy() for name, lead in leads.items()}, said.numpy()
 
 def lead_differences(leads: Mapping[str, Float[np.ndarray, "problem"]], right: Bool[np.ndarray, "problem"]) -> pd.DataFrame:
     "For each part the mean lead of right less that of wrong answers: `shortlisted` on every other problem (false discovery rate 5%), `difference` with its interval on the rest, and whether it is `confirmed` there."
@@ -421,12 +451,19 @@ def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     import pandas as pd
     tables, found = [], {}
     for subject in shipped_subjects(ADDITION):
-        table = _table(subject, lead_differences(*digit_leads(load_model(early_name(subject), device="cpu"), problems_of("test"))))
-        tables.append(table)
-        some = table[table.part.str.match(r"L\d|layer_\d+_mlp")]
-        found.setdefault((subject.family, "halfway_shortlisted"), []).append(float(some.shortlisted.sum()))
-        found.setdefault((subject.family, "halfway_confirmed"), []).append(float(some.confirmed.sum()))
-    what = {"halfway_shortlisted": ("heads and MLPs whose lead differs between right and wrong answers, on every other problem", "parts", (0, 10)), "halfway_confirmed": ("those of them that do so on the rest", "parts", (0, 10))}
+        model = load_model(early_name(subject), device="cpu")
+        for place in ("tens", "units"):
+            leads, right = digit_leads(model, ask(model, problems_of("test"), place))
+            found.setdefault((subject.family, f"halfway_{place}_right"), []).append(float(right.mean()))
+            if min(right[::2].sum(), right[1::2].sum(), (~right)[::2].sum(), (~right)[1::2].sum()) < 5: continue                          # too few of one kind to compare
+            table = _table(subject, lead_differences(leads, right).assign(place=place))
+            tables.append(table)
+            some = table[table.part.str.match(r"L\d|layer_\d+_mlp")]
+            for name in ("shortlisted", "confirmed"): found.setdefault((subject.family, f"halfway_{place}_{name}"), []).append(float(some[name].sum()))
+    what = {}
+    for place in ("tens", "units"):
+        what |= {f"halfway_{place}_right": (f"share of the test problems whose {place} are right halfway through training", "", (0, 1)), f"halfway_{place}_shortlisted": (f"heads and MLPs whose lead differs between right and wrong {place}, on every other problem; seeds with errors enough", "parts", (0, 10)),
+                 f"halfway_{place}_confirmed": (f"those of them that do so on the rest, {place}", "parts", (0, 10))}
     return _summed(found, what), {"halfway": pd.concat(tables, ignore_index=True).round(4)}
 
 # %% ../../nbs/23_addition_circuits.ipynb #29700088
@@ -499,19 +536,21 @@ def reads_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     looked, read, found = [], [], {}
     for subject in shipped_subjects(ADDITION):
         model = subject.open()
-        for place in PLACES[:3]:
-            asked = ask(model, problems_of("test", PROBLEMS), place)
+        for place, length in itertools.product(PLACES[:3], (2, 3)):
+            some = problems_of("test", PROBLEMS)
+            if place == "hundreds" and length == 2: continue
+            asked = ask(model, some[some.answer.astype(str).str.len() == length], place)
             attention = attention_to(model, asked)
-            looked += [{"model": subject.family, "seed": subject.seed, "place": place, "head": head_label(layer, head), "digit": digit, "attention": attention[layer, head, i]}
+            looked += [{"model": subject.family, "seed": subject.seed, "place": place, "digits": length, "head": head_label(layer, head), "digit": digit, "attention": attention[layer, head, i], "n": len(asked.rows)}
                        for layer, head, i in np.ndindex(attention.shape) for digit in [DIGITS[i]]]
-            if place != "hundreds":
+            if place != "hundreds" and length == 3:
                 for digit in ("a", "b"): found.setdefault((subject.family, f"{place}_looks_at_{digit}"), []).append(float(attention[..., DIGITS.index(f"{digit}_{place}")].max()))
         for kind in PAIRS:
             first, second = known_pairs(model, kind, "test", FLIP_PAIRS // 2)
             shares = read_flips(model, first, second)
             names = {int(at[0]): name for name, at in first.positions.items()}
             read += [{"model": subject.family, "seed": subject.seed, "kind": kind, "layer": layer, "pos": pos, "name": names.get(pos, ""), "flips": shares[layer, pos], "n": len(first.rows)} for layer, pos in np.ndindex(shares.shape)]
-    what = {f"{place}_looks_at_{digit}": (f"the most that a head attends to the {place} of operand {digit} from where the {place} of the answer are predicted", "", (0, 1)) for place in ("units", "tens") for digit in "ab"}
+    what = {f"{place}_looks_at_{digit}": (f"the most that a head attends to the {place} of operand {digit} from where the {place} of an answer of three digits are predicted", "", (0, 1)) for place in ("units", "tens") for digit in "ab"}
     return _summed(found, what), {"attention": pd.DataFrame(looked).round(4), "reads": pd.DataFrame(read).round(4)}
 
 # %% ../../nbs/23_addition_circuits.ipynb #23628927
@@ -527,8 +566,8 @@ def carry_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             labels, truth = carries(learned.problems), carries(asked.problems)
             mixed = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(subject.seed))]
             passed_by = streams(model, learned), streams(model, asked)
-            for where, passed in itertools.product(("asked", "b_units"), passed_by[0]):
-                train, test = (at_place(seen[passed], one.at if where == "asked" else one.positions[where]) for seen, one in zip(passed_by, (learned, asked)))
+            for where, passed in itertools.product(("asked", "first", "b_units"), passed_by[0]):
+                train, test = (at_place(seen[passed], one.place(where)) for seen, one in zip(passed_by, (learned, asked)))
                 for kind, given in (("", labels), ("_shuffled", mixed)):
                     right = probe_accuracy(train, given, test, truth).mean()
                     rows.append({"model": subject.family, "seed": subject.seed, "state": state, "what": f"probe{kind}", "where": where, "passed": passed, "value": right, "n": len(truth)})
@@ -539,8 +578,24 @@ def carry_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
                     for name, values in outcome.items():
                         rows.append({"model": subject.family, "seed": subject.seed, "state": state, "what": f"{move}: {name}", "where": "asked", "passed": str(layer), "value": values.mean(), "n": len(values)})
                         found.setdefault((subject.family, f"{move.replace(' ', '_')}_{name}_{layer}"), []).append(float(values.mean()))
-    what = {name: (name.replace("_", " "), "", (0, 1)) for _, name in found}
-    return _summed(found, what), {"carry": pd.DataFrame(rows).round(4)}
+            bases = {place: carry_bases(learned, at_place(passed_by[0]["0"], learned.place(place)), subject.seed) for place in ("asked", "first")}
+            for name, values in subspace_flips(model, *known_pairs(model, "carry", "test", FLIP_PAIRS), 0, bases).items():
+                rows.append({"model": subject.family, "seed": subject.seed, "state": state, "what": f"exchanged: {name}", "where": "asked", "passed": "0", "value": values.mean(), "n": len(values)})
+                found.setdefault((subject.family, f"exchanged_{name}"), []).append(float(values.mean()))
+            found.setdefault((subject.family, "sum_dimensions"), []).append(float(bases["asked"]["sum"].shape[1]))
+    return _summed(found, {name: _carry_name(name) for _, name in found}), {"carry": pd.DataFrame(rows).round(4)}
+
+# %% ../../nbs/23_addition_circuits.ipynb #a11ac9a4
+def _carry_name(name: str) -> tuple[str, str, tuple[float, float] | None]:
+    "What a number of the stage says, its unit and its bounds."
+    if name == "sum_dimensions": return "dimensions that the means by the sum of the units span", "dimensions", None
+    kind, *rest = name.split("_")
+    if kind == "probe":
+        shuffled = " fitted to shuffled labels" if rest[0] == "shuffled" else ""
+        where, passed, state = name.removeprefix("probe_").removeprefix("shuffled_").rsplit("_", 2)
+        return f"share of test problems whose carry a linear probe{shuffled} tells from the {state} model's stream, {dict(asked='where the tens are predicted', first='where the first digit is predicted', b_units='on the last operand digit')[where]}, {'before layer 0' if passed == 'embed' else f'after layer {passed}'}", "", (0, 1)
+    if kind == "exchanged": return f"share of carry pairs that flip when the stream after layer 0, where the first digit and the tens are predicted, is exchanged in the subspace: {rest[0]}", "", (0, 1)
+    return f"share of test problems whose tens are as the carry would have them ({rest[-2]}) once the stream after layer {rest[-1]} is moved: {' '.join([kind, *rest[:-2]])}", "", (0, 1)
 
 # %% ../../nbs/23_addition_circuits.ipynb #2eaf8a58
 def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
@@ -552,8 +607,8 @@ def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         shares, null = wave_shares(vectors), shuffled_waves(vectors, seed=subject.seed)
         rows += [{"model": subject.family, "seed": subject.seed, "frequency": k + 1, "share": share} for k, share in enumerate(shares)]
         p = (1 + (null >= two_best(shares) - 1e-12).sum()) / (1 + len(null))
-        for name, value in (("two_best", two_best(shares)), ("two_best_shuffled", null.mean()), ("beyond_shuffled", p < 0.05)): found.setdefault((subject.family, name), []).append(float(value))
-    what = {"two_best": ("share of the variance of the digits' embeddings in their two strongest frequencies", "", (0, 1)), "two_best_shuffled": ("the same of the digits in random orders", "", (0, 1)),
+        for name, value in (("two_best", two_best(shares)), ("line", line_share(vectors)), ("slowest", shares[0]), ("two_best_shuffled", null.mean()), ("beyond_shuffled", p < 0.05)): found.setdefault((subject.family, name), []).append(float(value))
+    what = {"line": ("share of the variance of the digits' embeddings that a straight line holds", "", (0, 1)), "slowest": ("share of it that one turn in ten digits holds", "", (0, 1)), "two_best": ("share of the variance of the digits' embeddings in their two strongest frequencies", "", (0, 1)), "two_best_shuffled": ("the same of the digits in random orders", "", (0, 1)),
             "beyond_shuffled": ("share of seeds in which it is more than in 95% of random orders", "", (0, 1))}
     return _summed(found, what), {"waves": pd.DataFrame(rows).round(6)}
 
