@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 import numpy as np
 
 from ..activation_patching import Metric, ablation_scan, patch_scan
-from ..core import InputError, Result, Stage, atomic_path, check_choice, check_range, write_text
+from ..core import InputError, Result, Stage, atomic_path, check_choice, check_range, home, read_json, write_text
 from ..data import PLACES, EncodedProblems, addition_problems, encode_problems, split_problems
 from ..interventions import Edit, Replay, capture, hook_name, norm_gain
 from ..logit_lens import stream_contributions
 from ..models import head_label, load_model
 from ..statistics import benjamini_hochberg, permutation_test, rate_result, wilson_interval
-from ..subjects import ADDITION, Subject, bos_token, kept, key, over_seeds, shipped_subjects, subject_files, untrained_subjects
+from ..subjects import ADDITION, Subject, bos_token, kept, key, lasting_from, over_seeds, shipped_subjects, subject_files, untrained_subjects
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -35,9 +35,9 @@ __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'CHUNK', 'ERRORS', 'ABLATIONS', 'PA
            'partner', 'flip_pairs', 'known_pairs', 'flips', 'attention_to', 'read_flips', 'streams', 'at_place',
            'probe_accuracy', 'carries', 'moved_digits', 'between_means', 'carry_moves', 'spanned', 'subspace_flips',
            'carry_bases', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings',
-           'save_activations', 'digit_leads', 'lead_differences', 'early_name', 'accuracy_stage', 'halfway_stage',
-           'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage', 'carry_stage', 'waves_stage',
-           'analyse']
+           'save_activations', 'digit_leads', 'lead_differences', 'early_name', 'course_of', 'accuracy_stage',
+           'halfway_stage', 'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage', 'carry_stage',
+           'waves_stage', 'analyse']
 
 # %% ../../nbs/23_addition_circuits.ipynb #54104173
 EXPERIMENT, TRAINED, FRESH = "addition_circuits", ("question", "sum", "plus", "bare"), "add"
@@ -273,7 +273,7 @@ def probe_accuracy(train: Float[Tensor, "some d_model"], labels: Bool[Tensor, "s
     import torch
     mean = train.double().mean(0)
     x, y = train.double() - mean, labels.double() - labels.double().mean()
-    weights = torch.linalg.solve(x.T @ x + ridge * x.square().mean() * len(x) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
+    weights = torch.linalg.solve(x.T @ x + (ridge * x.square().mean() * len(x) + 1e-9) * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
     said = (test.double() - mean) @ weights + labels.double().mean() > 0.5
     return (said == truth).double().numpy()
 
@@ -422,11 +422,23 @@ def _summed(found: Mapping[tuple[str, str], list[float]], what: Mapping[str, tup
     "One number for each family and name, from one for each seed; `what[name]` says what it is, its unit and bounds."
     return kept({key(family, name): over_seeds([np.array([value]) for value in values], *what[name]) for (family, name), values in found.items()})
 
+def course_of(subject: Subject) -> pd.DataFrame:
+    "The training of a shipped model as its record tells it: at each evaluated `step` the share of the test problems, asked as a question, that are right, by `digit` (mean over carry patterns) and by `carry` (whole answers)."
+    import pandas as pd
+    rows = []
+    for entry in read_json(home() / "models" / subject.family / f"seed{subject.seed}" / "training.json")["log"]:
+        by_carry = entry["test"]["question"]
+        rows += [{"step": entry["step"], "kind": "carry", "group": carry, "right": found["exact"]} for carry, found in by_carry.items()]
+        rows += [{"step": entry["step"], "kind": "digit", "group": place, "right": float(np.mean([found[place] for found in by_carry.values() if place in found]))} for place in PLACES[:3]]
+    return _table(subject, pd.DataFrame(rows))
+
 def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How often every model is right on the confirmation split, by wording, carries and sum; and of what kind the errors are halfway through training, on the test split."
     import pandas as pd
-    tables, early, results, found = [], [], {}, {}
+    tables, early, courses, results, found = [], [], [], {}, {}
     for subject in shipped_subjects(ADDITION):
+        courses.append(course := course_of(subject))
+        for (kind, group), some in course.groupby(["kind", "group"]): found.setdefault((subject.family, f"learned_{kind}_{group}"), []).append(float(lasting_from(some.step.tolist(), some.right.tolist(), 0.9) or some.step.max()))
         answers = evaluate_addition(subject.open(), problems_of("confirmation"), (*TRAINED, FRESH))
         usual = answers[answers.wording.isin(TRAINED)]
         tables += [_table(subject, summary_of(part, by).rename(columns={by: "group"}).assign(by=by)) for by, part in (("wording", answers), ("carry", usual), ("bucket", usual))]
@@ -442,8 +454,10 @@ def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         results[key(family, f"worst_{wording}")] = rate_result(round(worst.right * worst.n), int(worst.n), unit="", how=f"share of the confirmation problems answered right in the wording {wording}, by the seed that is right least often")
     what = {f"accuracy_{wording}": (f"share of the confirmation problems answered right in the wording {wording}", "", (0, 1)) for wording in (*TRAINED, FRESH)} | {
         "early_accuracy": ("share of the test problems answered right halfway through training", "", (0, 1)), "early_carry_errors": ("share of the wrong answers that are off by a carry, halfway through training", "", (0, 1)),
+        **{f"learned_digit_{place}": (f"step from which on nine in ten of the {place} are right", "steps", None) for place in PLACES[:3]},
+        **{f"learned_carry_{carry}": (f"step from which on nine in ten answers are right, problems in which this carries: {carry}", "steps", None) for carry in ("none", "units", "tens", "both")},
         "favourite": ("share of answers that are the number said most often", "", (0, 1))}
-    return results | _summed(found, what), {"accuracy": table.round(6), "early": pd.concat(early, ignore_index=True).round(6)}
+    return results | _summed(found, what), {"accuracy": table.round(6), "early": pd.concat(early, ignore_index=True).round(6), "course": pd.concat(courses, ignore_index=True).round(4)}
 
 # %% ../../nbs/23_addition_circuits.ipynb #e3402421
 def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
