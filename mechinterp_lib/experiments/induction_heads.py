@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PURPOSES', 'MEASURES', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS', 'MATCHES', 'NATURAL_MATCHES',
-           'DIET_COLUMNS', 'STRONG', 'Head', 'EXCHANGES', 'PAIRS', 'LEAST_GAP', 'PATHS', 'SHARES', 'CHOOSERS', 'VARIED',
-           'KEPT', 'BACK', 'WINDOW', 'PASSAGES', 'STAGES', 'copy_length', 'stimuli', 'unrelated', 'copying',
+           'DIET_COLUMNS', 'STRONG', 'Head', 'EXCHANGES', 'PAIRS', 'LEAST_GAP', 'PATHS', 'SHARES', 'FRESH', 'CHOOSERS',
+           'VARIED', 'KEPT', 'BACK', 'WINDOW', 'PASSAGES', 'STAGES', 'copy_length', 'stimuli', 'unrelated', 'copying',
            'best_heads', 'measure', 'describe', 'result_frame', 'copying_families', 'copying_stage', 'moment', 'course',
            'phase_change', 'plateau', 'course_stage', 'diet_recipe', 'diets', 'match_rows', 'match_stage',
            'last_weights', 'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets',
@@ -569,13 +569,13 @@ def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     return results, {"circuits": table, "circuit_edges": pd.concat(circuits), "circuit_curves": pd.concat(curves)}
 
 # %% ../../nbs/20_induction_heads.ipynb #f97d782c
-CHOOSERS = {"eap-ig": ("eap-ig", "noise"), "noise": ("exact", "noise"), "denoise": ("exact", "denoise")}
+FRESH, CHOOSERS = 64, {"eap-ig": ("eap-ig", "noise"), "noise": ("exact", "noise"), "denoise": ("exact", "denoise")}
 VARIED = {"faithfulness": "share of the difference between all edges and none that the circuit does alone", "necessity": "share that is lost when it is ablated and all else stays",
           "best_matched": "the most that one of 100 random circuits with as many parts of each kind does alone, the circuit itself left out", "best_matched_necessity": "the most that is lost without one of 100 random circuits with as many parts of each kind, the circuit itself left out",
-          "p": "share of the random circuits that do as much alone", "p_necessity": "share of the random circuits without which as much is lost", "kept": "share of the parts that are in the circuit", "needed": "share of the parts, best scores first, that would reach nine tenths under this ablation on the pairs that choose"}
+          "p": "share of the random circuits that do as much alone", "p_necessity": "share of the random circuits without which as much is lost", "kept": "share of the parts that are in the circuit"}
 
 def varied(runner: Runner, circuit: list, draw: torch.Generator, n: int = 100) -> dict[str, float]:
-    "What a circuit of edges or nodes does alone, what is lost without it, the best of `n` matched random circuits by either (NaN where none is another), and the share of them that do as well (+1 corrected)."
+    "What a circuit of edges or nodes does alone, what is lost without it; and, if `n` matched random circuits are drawn, the best of them by either (NaN where none is another), and the share that do as well (+1 corrected)."
     import torch
     graph = runner.graph
     own = graph.nodes(circuit) if names_nodes(circuit) else graph.mask(circuit)
@@ -583,30 +583,30 @@ def varied(runner: Runner, circuit: list, draw: torch.Generator, n: int = 100) -
     others, found = (drawn != own).flatten(1).any(1), {}
     for name, end, values in zip(("faithfulness", "necessity"), ("", "_necessity"), alone_and_without(runner, drawn)):
         mine, random = values[which[0]], values[which[1:]]
-        found |= {name: float(mine), f"best_matched{end}": float(values[others].max()) if others.any() else float("nan"), f"p{end}": (1 + int((random >= mine - 1e-6).sum())) / (1 + n)}
+        found[name] = float(mine)
+        if n: found |= {f"best_matched{end}": float(values[others].max()) if others.any() else float("nan"), f"p{end}": (1 + int((random >= mine - 1e-6).sum())) / (1 + n)}
     return found
 
 def variation_rows(subject: Subject, n: int = PAIRS) -> list[dict]:
     "Rows (level, scores, ablation, measure, value) of one model: `VARIED` of its circuits on the pairs that did not choose them."
     model, rows = subject.open(), []
-    choose, measure = halves(copying_task(model, n))
-    choosing, runners = ({ablation: Runner(model, half, ablation=ablation) for ablation in ABLATIONS} for half in (choose, measure))
+    choose, fresh = halves(copying_task(model, n))[0], copying_task(model, FRESH, seed=1)
+    choosing, runners = Runner(model, choose), {ablation: Runner(model, fresh, ablation=ablation) for ablation in ABLATIONS}
+    parts = {"edge": choosing.total, "node": len(choosing.graph.senders) - 1}
     for level, (name, (method, direction)) in itertools.product(("edge", "node"), CHOOSERS.items()):
         scores = edge_attribution(model, choose.clean, choose.corrupted, method=method, metric=choose.metric, direction=direction, level=level)
-        circuit = until_faithful(choosing["corrupted"], scores)
-        parts = choosing["corrupted"].total if level == "edge" else len(choosing["corrupted"].graph.senders) - 1
+        circuit = until_faithful(choosing, scores)
         for ablation, runner in runners.items():
-            values = varied(runner, circuit, generator("varied", subject.seed)) | {"kept": len(circuit) / parts}
-            if name == "eap-ig": values["needed"] = len(until_faithful(choosing[ablation], scores)) / parts
+            values = varied(runner, circuit, generator("varied", subject.seed), 100 if name == "eap-ig" else 0) | {"kept": len(circuit) / parts[level]}
             rows += [{"model": subject.family, "seed": subject.seed, "level": level, "scores": name, "ablation": ablation, "measure": what, "value": value} for what, value in values.items()]
     return rows
 
 # %% ../../nbs/20_induction_heads.ipynb #c0bd7ba8
-def gap_rows(subject: Subject, n: int = PAIRS) -> list[dict]:
-    "Rows (ablation, measure, value) of one model, trained or not: the `gap` between the metric with all edges and with none, in nats, on the pairs that measure, and whether it can be told from 0, `told`."
+def gap_rows(subject: Subject, n: int = FRESH) -> list[dict]:
+    "Rows (ablation, measure, value) of one model, trained or not: the `gap` between the metric with all edges and with none, in nats, on fresh pairs, and whether it can be told from 0, `told`."
     model, rows = subject.open(), []
     for ablation in ABLATIONS:
-        runner = Runner(model, halves(copying_task(model, n))[1], ablation=ablation)
+        runner = Runner(model, copying_task(model, n, seed=1), ablation=ablation)
         try: told = float(runner.share(runner.clean[None]))
         except InputError: told = 0.0
         rows += [{"model": subject.family, "seed": subject.seed, "ablation": ablation, "measure": what, "value": value} for what, value in (("gap", float((runner.clean - runner.empty).mean())), ("told", told))]
@@ -621,12 +621,12 @@ def circuit_variations_stage() -> tuple[dict[str, Result], dict[str, pd.DataFram
         adjusted = table[table.measure == name].assign(measure=f"{name}_adjusted")
         table = pd.concat([table, adjusted.assign(value=benjamini_hochberg(adjusted.value.to_numpy())[1])], ignore_index=True)
     what = VARIED | {f"{name}_adjusted": f"{VARIED[name]}, at a false discovery rate over all circuits" for name in ("p", "p_necessity")}
-    results = {key(family, f"varied_{level}_{scores}_{ablation}_{name}"): seeds_result(values, unit="", how=f"{what[name]}; {level}s by {scores} scores, absent ones: {ablation}; each seed's over {PAIRS // 2} pairs")
+    results = {key(family, f"varied_{level}_{scores}_{ablation}_{name}"): seeds_result(values, unit="", how=f"{what[name]}; {level}s by {scores} scores, absent ones: {ablation}; each seed's over {FRESH} fresh pairs")
                for (family, level, scores, ablation, name), rows in table.groupby(["model", "level", "scores", "ablation", "measure"]) if len(values := rows.value.dropna()) > 1}
     twins = [twin for twin in untrained_subjects() if any((twin.family, twin.seed) == (f"{subject.family}-untrained", subject.seed) for subject in told)]
     gaps = pd.DataFrame([row for subject in told + twins for row in gap_rows(subject)])
     for (family, ablation, name), rows in gaps.groupby(["model", "ablation", "measure"]):
-        if len(rows) > 1: results[key(family, f"varied_{name}_{ablation}")] = seeds_result(rows.value, unit="nats" if name == "gap" else "", how=f"{'metric with all edges minus that with none' if name == 'gap' else 'share of models in which this can be told from 0'}, absent edges: {ablation}; each seed's over {PAIRS // 2} pairs")
+        if len(rows) > 1: results[key(family, f"varied_{name}_{ablation}")] = seeds_result(rows.value, unit="nats" if name == "gap" else "", how=f"{'metric with all edges minus that with none' if name == 'gap' else 'share of models in which this can be told from 0'}, absent edges: {ablation}; each seed's over {FRESH} fresh pairs")
     return results, {"circuit_variations": table, "circuit_variation_gaps": gaps}
 
 # %% ../../nbs/20_induction_heads.ipynb #ccbe5b71
@@ -786,7 +786,7 @@ STAGES = {
     "composition": Stage(composition_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, corpus_missing),
     "patching": Stage(patching_stage, {"pairs": PAIRS, "match": 3, "least_gap": LEAST_GAP}, range(5), partial(subject_files, FAMILIES), lambda: None),
     "circuits": Stage(circuits_stage, {"pairs": PAIRS, "least_gap": LEAST_GAP, "shares": list(SHARES), "fractions": list(EDGE_FRACTIONS), "subsets": 5, "random": 100}, range(5), partial(subject_files, FAMILIES), lambda: None),
-    "circuit_variations": Stage(circuit_variations_stage, {"pairs": PAIRS, "least_gap": LEAST_GAP, "choosers": {name: list(how) for name, how in CHOOSERS.items()}, "ablations": list(ABLATIONS), "random": 100}, range(5), partial(subject_files, FAMILIES), lambda: None),
+    "circuit_variations": Stage(circuit_variations_stage, {"pairs": PAIRS, "fresh": FRESH, "least_gap": LEAST_GAP, "choosers": {name: list(how) for name, how in CHOOSERS.items()}, "ablations": list(ABLATIONS), "random": 100}, range(5), partial(subject_files, FAMILIES), lambda: None),
     "context": Stage(context_stage, {"passages": PASSAGES, "kept": list(KEPT), "back": list(BACK), "window": WINDOW, "pairs": PAIRS, "random": 100}, range(5), _OURS, corpus_missing),
     "lens": Stage(lens_stage, {"sequences": 128}, range(5), _OURS, corpus_missing),
     "course": Stage(course_stage, {"sequences": 48}, range(5), _OURS, lambda: moments_missing(shipped_runs())),
