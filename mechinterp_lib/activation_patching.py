@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Iterator,
 
 from .core import PICTURES, InputError, check_choice, check_number, check_range, check_suffix, generator, write_text
 from .data import encode
-from .interventions import COMPONENTS, MEMORY, Edit, Replay, capture, check_model, check_read, check_tokens, each_edit, hook_name, position_first, replaced
+from .interventions import COMPONENTS, MEMORY, Edit, Replay, capture, check_model, check_read, check_tokens, each_edit, head_weights, hook_name, position_first, replaced
 from .models import head_label, parse_head, token_ids, token_names
 from .statistics import map_intervals
 
@@ -395,7 +395,6 @@ Scan.plot, Scan.save = _plot, _save
 # %% ../nbs/07_activation_patching.ipynb #e5b6a13b
 def _pair_tokens(model: TransformerBridge, clean_input: Any, corrupted_input: Any) -> tuple[Int[Tensor, "pair pos"], Int[Tensor, "pair pos"], Int[Tensor, "pair pos"] | None]:
     "Clean and corrupted tokens and their common mask; an `InputError` unless the two have the same shape and padding."
-    check_model(model)
     (clean, mask), (corrupted, other) = token_ids(model, clean_input, "clean_input"), token_ids(model, corrupted_input, "corrupted_input")
     (clean, mask), (corrupted, other) = check_tokens(model, clean, mask, "clean_input"), check_tokens(model, corrupted, other, "corrupted_input")
     lengths = [[len(row) for row in ids] if m is None else m.sum(1).tolist() for ids, m in ((clean, mask), (corrupted, other))]
@@ -441,11 +440,14 @@ class Pairs:
     def base(self, component: str, layer: int) -> Float[Tensor, "pair pos ..."]:
         "An activation of the runs that are patched."
         return self.replay.kept[component][layer][:self.n]
+    @property
+    def read(self) -> np.ndarray:
+        "The positions at which the metric reads each of the replay's prompts."
+        import numpy as np
+        return np.concatenate([check_read(self.metric.read, self.n, self.replay.n_pos)] * (self.replay.batch // self.n))
     def run(self, edits: Sequence[Edit], prompts: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
         "The metric of each row, a run of one of the patched prompts with edits."
-        import numpy as np
-        read = np.concatenate([check_read(self.metric.read, self.n, self.replay.n_pos)] * (self.replay.batch // self.n))
-        return self.replay.run(edits, prompts, read, self.metric.vocab, lambda logits, rows: _checked_values(self.metric.of(logits, prompts[rows]), len(rows)))
+        return self.replay.run(edits, prompts, self.read, self.metric.vocab, lambda logits, rows: _checked_values(self.metric.of(logits, prompts[rows]), len(rows)))
     def scan(self, component: str, axes: dict[str, list], patched: Tensor, names: tuple[list[list[str]], ...] | None = None) -> Scan:
         "The result, with positions named."
         names = names or (token_names(self.replay.model, self.clean), token_names(self.replay.model, self.corrupted))
@@ -715,6 +717,10 @@ def sender_changes(pairs: Pairs, senders: Mapping[str, Sequence[Part]], some: In
     for layer in sorted({part.layer for parts in senders.values() for part in parts if part.head is not None}):
         heads = {i: found for i, parts in enumerate(senders.values()) if (found := [part for part in parts if part.head is not None and part.layer == layer])}
         z = pairs.source("z", layer)[some]
+        if (own := head_weights(pairs.replay, "o", layer) if "attn_out" in pairs.replay.kept else None) is not None:
+            moved = torch.einsum("pthn,hnw->hptw", z - pairs.base("z", layer)[some], own[0])
+            for i, parts in heads.items(): changes[i] += sum(moved[part.head] for part in parts)
+            continue
         edits = [put_part(part, torch.arange(n) + k * n, z) for k, parts in enumerate(heads.values()) for part in parts]
         changes[list(heads)] += pairs.replay.activation(edits, "attn_out", layer, some.repeat(len(heads))).unflatten(0, (len(heads), n)) - pairs.base("attn_out", layer)[some]
     return changes

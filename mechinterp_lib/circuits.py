@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, has_component, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
 from .activation_patching import find_circuit as find_by_paths
 from .core import InputError, check_choice, check_number, check_range, generator
-from .interventions import MEMORY, TOLERANCE, Edit, check_model, heads_alone, hook_name, replaced
+from .interventions import MEMORY, TOLERANCE, Edit, check_model, differentiable_run, head_weights, heads_alone
 from .models import head_label
 from .statistics import auroc, map_intervals
 
@@ -99,12 +99,13 @@ def model_graph(model: TransformerBridge) -> Graph:
     for layer in range(model.cfg.n_layers):
         heads = [head_label(layer, head) for head in range(model.cfg.n_heads)]
         mlp = [f"layer_{layer}_mlp"] if has_component(model, "mlp_out", layer) else []
-        senders |= {name: parse_component(model, name) for name in heads + mlp}
+        last = {part: parse_component(model, f"{heads[-1]}.{part}")[0].head for part in "zqkv"}
+        senders |= {name: [Part("z", layer, head)] for head, name in enumerate(heads)} | {name: parse_component(model, name) for name in mlp}
         named: dict[Part, str] = {}                                                            # heads may share keys and values
-        for name in (f"{head}.{part}" for part in "qkv" for head in heads):
-            (part,) = parts = parse_component(model, name)
-            aliases[name] = named.setdefault(part, name)
-            receivers[named[part]] = parts
+        for part, (head, name) in itertools.product("qkv", enumerate(heads)):
+            own = Part(part, layer, head * (last[part] + 1) // len(heads))
+            aliases[f"{name}.{part}"] = named.setdefault(own, f"{name}.{part}")
+            receivers[named[own]] = [own]
         inputs_of |= {head: {aliases[f"{head}.{part}"] for part in "qkv"} for head in heads} | {name: {name} for name in mlp}
         receivers |= {name: senders[name] for name in mlp}
     receivers["logits"] = []
@@ -148,8 +149,11 @@ def graph_pairs(model: TransformerBridge, graph: Graph, task: Task, direction: s
     both = has_component(model, "mlp_out")
     keep = ["resid_pre", "resid_post", "attn_out", "z", "q", "k", "v"] + [name for name in ("resid_mid", "mlp_out") if both and has_component(model, name)]
     pairs = run_pairs(model, task.clean, task.corrupted, keep, task.metric, direction, memory)
-    _check_adds_up(pairs)
-    _check_all_edges(pairs, graph)
+    known = getattr(pairs.replay, "known", None)                                                # what has been found true of prompts of this shape, as long as the model stays as it is
+    done = set() if known is None else known.components
+    if "nodes" not in done: _check_adds_up(pairs)
+    done.add("nodes")
+    if "edges" not in done and _check_all_edges(pairs, graph): done.add("edges")
     return pairs
 
 def _check_adds_up(pairs: Pairs) -> None:
@@ -167,19 +171,16 @@ def _refuse_difference(model: TransformerBridge, ours: Tensor, theirs: Tensor) -
     error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
     if not error <= 1e-3: raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): a norm stands behind its attention or MLP")
 
-def _check_all_edges(pairs: Pairs, graph: Graph) -> None:
-    "An `InputError` where all edges together do not give the metric of the run that they come from: what a head reads is not where we put it. The pair whose runs differ most is looked at, once for each shape of prompts."
+def _check_all_edges(pairs: Pairs, graph: Graph) -> bool:
+    "An `InputError` where all edges together do not give the metric of the run that they come from: what a head reads is not where we put it. The pair whose runs differ most is looked at; whether they differ enough to show anything."
     import torch
-    known = getattr(pairs.replay, "known", None)                                                # what has been checked, as long as the model stays as it is
-    done = set() if known is None else known.components
-    if "edges" in done: return
     wanted = pairs.on_clean if pairs.direction == "denoise" else pairs.on_corrupted
     gap, pair = (pairs.on_clean - pairs.on_corrupted).abs().max(0)
     embed = sender_changes(pairs, {"embed": []}, pair[None].cpu())
     error = (_climb(_State(pairs, graph, graph.allowed[None], 0, embed, only=int(pair))) - wanted[pair]).abs().item()
     most = 1e-3 * torch.stack([pairs.on_clean, pairs.on_corrupted]).abs().max() + TOLERANCE * pairs.replay.logits[:, -1].abs().max()
     if not error <= most: raise InputError("model", type(pairs.replay.model.original_model).__name__, f"this model cannot be split into edges here: with all of them the {pairs.metric.name} of pair {int(pair)} is off by {error:.1g}")
-    if gap > most: done.add("edges")                                                            # runs that are alike show nothing
+    return bool(gap > most)                                                                     # runs that are alike show nothing
 
 # %% ../nbs/11_circuits.ipynb #8986104a
 class _Moves:
@@ -252,7 +253,7 @@ class Runner(_Moves):
         if getattr(masks, "ndim", 0) == 2 and masks.dtype == torch.bool and masks.shape[1] == len(self.graph.senders): masks = self.graph.among(masks)
         if getattr(masks, "ndim", 0) != 3 or masks.shape[1:] != self.graph.allowed.shape or masks[:, ~self.graph.allowed].any(): raise InputError("masks", tuple(getattr(masks, "shape", ())), f"allowed: [circuit, sender, receiver], {tuple(self.graph.allowed.shape)} each, without edges that run backwards, or bool [circuit, sender]")
         base, streams = self.pairs.base("resid_pre", 0), len(self.graph.senders) + 4 * self.pairs.replay.model.cfg.n_heads + 8
-        computed = base[:, self.start:] if _head_weights(self.pairs, "q", 0) else base              # without the heads' own weights whole runs are computed
+        computed = base[:, self.start:] if head_weights(self.pairs.replay, "q", 0) else base              # without the heads' own weights whole runs are computed
         each = (streams * computed.numel() + 2 * base.numel()) * base.element_size()
         return torch.cat([self._run(some) for some in masks.split(max(1, self.memory // each))])
 
@@ -379,24 +380,10 @@ def _mlp_moved(state: _State, layer: int) -> None:
     state.send(senders, (made - state.base("mlp_out", layer).repeat(len(state.masks), 1, 1))[:, :, None])
 
 # %% ../nbs/11_circuits.ipynb #c49b9f86
-def _head_weights(pairs: Pairs, part: str, layer: int) -> tuple[Float[Tensor, "head wide narrow"], Float[Tensor, "..."]] | None:
-    "Weights and biases with which a layer's heads make queries, keys or values (`q`, `k`, `v`) of the normed stream, or write what they found (`o`); None where the corrupted run does not follow from them."
-    import torch
-    block = pairs.replay.model.blocks[layer]
-    try: weight, bias = (getattr(block.attn, f"{kind}_{part.upper()}", None) for kind in "Wb")
-    except NotImplementedError: return None                                                     # quantised weights cannot be read
-    norm, wanted = getattr(getattr(block, "ln1", None), "original_component", None), pairs.base("attn_out" if part == "o" else part, layer)[:, -1]
-    if not pairs.replay.exact or norm is None or getattr(weight, "ndim", None) != 3: return None
-    if part == "o": made = torch.einsum("phn,hnw->pw", pairs.base("z", layer)[:, -1], weight)
-    else: made = torch.einsum("pw,hwn->phn", norm(pairs.base("resid_pre", layer)[:, -1]), weight)
-    bias = torch.zeros_like(wanted[0]) if bias is None else bias
-    if made.shape != wanted.shape: return None
-    return (weight, bias) if (made + bias - wanted).abs().max() <= TOLERANCE * wanted.abs().max() else None
-
 def _made_alone(state: _State, part: str, layer: int, heads: list[int], streams: Float[Tensor, "circuit head pair late d_model"]) -> Float[Tensor, "row late head d_head"]:
     "The queries, keys or values that heads make, each of its own stream."
     import torch
-    replay, own = state.pairs.replay, _head_weights(state.pairs, part, layer)
+    replay, own = state.pairs.replay, head_weights(state.pairs.replay, part, layer)
     if own is not None:
         normed, (weight, bias) = replay.model.blocks[layer].ln1.original_component(streams), own
         made = (normed.flatten(2, 3) @ weight[heads]).unflatten(2, streams.shape[2:4])
@@ -408,7 +395,7 @@ def _made_alone(state: _State, part: str, layer: int, heads: list[int], streams:
 def _written_alone(state: _State, layer: int, heads: list[int], z: Float[Tensor, "row late head d_head"]) -> Float[Tensor, "row late sender d_model"]:
     "How far what heads write has moved."
     import torch
-    if (own := _head_weights(state.pairs, "o", layer)) is not None:
+    if (own := head_weights(state.pairs.replay, "o", layer)) is not None:
         moved = z - state.base("z", layer).repeat(len(state.masks), 1, 1, 1)
         return torch.einsum("rphn,hnw->rphw", moved[:, :, heads], own[0][heads])
     alone = _late_edit(state, "z", layer, torch.cat([z[:, :, head] for head in heads]))
@@ -446,52 +433,54 @@ def _estimated(pairs: Pairs, graph: Graph, points: Sequence[float], memory: int)
         changes = sender_changes(pairs, graph.senders, prompts).transpose(0, 1).flatten(2)
         for some in torch.tensor(points, dtype=torch.float64).split(max(1, size // len(prompts))):
             for readers, gradients in _read_gradients(pairs, graph, prompts, some):
-                before = int(graph.allowed[:, readers[0]].sum())                              # senders stand in the order in which they write
-                scores[prompts[:, None, None], torch.arange(before)[:, None], readers] += changes[:, :before] @ gradients.flatten(2).permute(1, 2, 0) / len(points)
+                before = int(graph.allowed[:, readers[0]].sum())                              # senders stand in the order in which they write, receivers that read one stream side by side
+                scores[prompts[0]:prompts[-1] + 1, :before, readers[0]:readers[-1] + 1] += changes[:, :before] @ gradients.flatten(2).permute(1, 2, 0) / len(points)
     return scores
 
 def _run_bytes(pairs: Pairs, graph: Graph) -> int:
     "About how many bytes a prompt takes: a forward pass with its gradients, and the change of every sender."
     cfg, n_pos = pairs.replay.model.cfg, pairs.replay.n_pos
     of_layer = 10 * cfg.d_model + 6 * (cfg.n_heads * cfg.d_head + (0 if cfg.attn_only else cfg.d_mlp or 0)) + 4 * cfg.n_heads * n_pos
-    return pairs.unpatched.element_size() * n_pos * (cfg.n_layers * of_layer + 3 * cfg.d_vocab + (2 * len(graph.senders) + 8 * cfg.n_heads) * cfg.d_model)
+    return pairs.unpatched.element_size() * n_pos * (cfg.n_layers * of_layer + 3 * cfg.d_vocab + (2 * len(graph.senders) + 14 * cfg.n_heads) * cfg.d_model)
 
 # %% ../nbs/11_circuits.ipynb #1dfedd59
 def _read_gradients(pairs: Pairs, graph: Graph, prompts: Int[Tensor, "prompt"], points: Float[Tensor, "point"]) -> Iterator[tuple[list[int], Float[Tensor, "receiver prompt pos d_model"]]]:
-    "The gradient of the metric with respect to what receivers read, those of one component of a layer after the other; its sum over points between the base (0) and the source embedding (1)."
+    "The gradient of the metric with respect to what receivers read, those that read the same stream together; its sum over points between the base (0) and the source embedding (1)."
     import torch
-    model, before_mlp, last = pairs.replay.model, mlp_reads(pairs), pairs.replay.n_layers - 1
+    replay, before_mlp, last = pairs.replay, mlp_reads(pairs), pairs.replay.n_layers - 1
     rows, base = prompts.repeat(len(points)), pairs.base("resid_pre", 0)[prompts]
     start = (base + points[:, None, None, None].to(base) * (pairs.source("resid_pre", 0)[prompts] - base)).flatten(0, 1)
-    reads = {"q": "resid_pre", "k": "resid_pre", "v": "resid_pre"} | ({"mlp_out": before_mlp} if "mlp_out" in pairs.replay.kept else {})
-    places = [(part, layer) for layer in range(last + 1) for part in dict.fromkeys(["resid_pre", *reads, *reads.values()])] + [("resid_post", last)]
-    zeros = {place: torch.zeros_like(pairs.base(*place)[rows]).requires_grad_() for place in places}
-    seen: dict[tuple[str, int], Tensor] = {}
-    def add(place: tuple[str, int]):
-        "Add a zero at a place, and remember what is there."
-        def write(old: Tensor) -> Tensor:
-            "The activation plus zero."
-            seen[place] = (start if place == ("resid_pre", 0) else old) + zeros[place]
-            return seen[place]
-        return write
-    with torch.enable_grad(), replaced(model, {hook_name(model, *place): add(place) for place in places}):
-        value = pairs.metric(model(pairs.replay.tokens[rows], attention_mask=None if pairs.mask is None else pairs.mask[rows]), rows).sum()
+    components = ["resid_pre", "q", "k", "v"] + (["mlp_out", before_mlp] if "mlp_out" in replay.kept else [])
+    places = [(component, layer) for layer in range(last + 1) for component in dict.fromkeys(components)] + [("resid_post", last)]
+    logits, seen = differentiable_run(replay, start, rows, places, pairs.read, pairs.metric.vocab)
+    with torch.enable_grad(): value = pairs.metric.of(logits, rows).sum()
     if not value.requires_grad: raise InputError("metric", pairs.metric.name, "it has no gradient with respect to the logits")
-    own = dict(zip(places, torch.autograd.grad(value, list(zeros.values()), retain_graph=True)))
+    own = dict(zip(places, torch.autograd.grad(value, [zero for zero, _ in seen.values()], retain_graph=True)))
     if not own["resid_post", last].isfinite().all(): raise InputError("metric", pairs.metric.name, "its gradient with respect to the logits is NaN or infinite")
     over_points = lambda gradient: gradient.unflatten(1, (len(points), len(prompts))).sum(1)
-    for place, group in itertools.groupby(enumerate(graph.receivers.values()), lambda found: [(part.component, part.layer) for part in found[1]]):
-        readers, reading = map(list, zip(*group))
-        if not place: yield readers, over_points(own["resid_post", last][None]); continue
-        (component, layer), = place
-        if (component, before_mlp) == ("mlp_out", "resid_mid"): yield readers, over_points((own["resid_mid", layer] - own[("resid_pre", layer + 1) if layer < last else ("resid_post", last)])[None]); continue
-        heads, weight = [part.head for part, in reading], own[component, layer][None]
-        if heads != [None] and (known := _head_weights(pairs, component, layer)):                                                        # each head's alone, by its own slice of the projection
-            stream = seen[reads[component], layer]
-            made, weight = model.blocks[layer].ln1.original_component(stream), torch.einsum("rphn,hwn->hrpw", weight[0][:, :, heads], known[0][heads])
-            yield readers, over_points(torch.autograd.grad(made, stream, weight, retain_graph=True, is_grads_batched=True)[0]); continue
-        if heads != [None]: weight = weight * torch.eye(weight.shape[3]).to(weight)[heads, None, None, :, None]
-        yield readers, over_points(torch.autograd.grad(seen[component, layer], zeros[reads[component], layer], weight, retain_graph=True, is_grads_batched=True)[0])
+    for layer, group in itertools.groupby(enumerate(graph.receivers.values()), lambda found: [(part.component == "mlp_out", part.layer) for part in found[1]]):
+        readers, parts = zip(*[(reader, part) for reader, found in group for part in found or [None]])
+        yield list(readers), over_points(own["resid_post", last][None] if parts[0] is None else _through_node(pairs, parts, own, seen))
+
+def _through_node(pairs: Pairs, parts: Sequence[Part], own: Mapping[tuple[str, int], Tensor], seen: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> Float[Tensor, "receiver row pos d_model"]:
+    "The gradient with respect to what each of a layer's queries, keys and values reads, or its MLP, from the gradients at all places."
+    import torch
+    layer, last = parts[0].layer, pairs.replay.n_layers - 1
+    if parts[0].component == "mlp_out":
+        if mlp_reads(pairs) == "resid_mid": return (own["resid_mid", layer] - own[("resid_pre", layer + 1) if layer < last else ("resid_post", last)])[None]
+        return torch.autograd.grad(seen["mlp_out", layer][1], seen["resid_pre", layer][1], own["mlp_out", layer], retain_graph=True)[0][None]
+    weights = {part: head_weights(pairs.replay, part, layer) for part in "qkv"}
+    if None not in weights.values():                                                                                    # each head's alone, by its own slice of the projection, back through the norm
+        stream = seen["resid_pre", layer][1].detach().expand(len(parts), -1, -1, -1).requires_grad_()
+        back = torch.cat([torch.einsum("rphn,hwn->hrpw", own[part, layer], weight) for part, (weight, _) in weights.items()])
+        with torch.enable_grad(): made = pairs.replay.model.blocks[layer].ln1.original_component(stream)
+        return torch.autograd.grad(made, stream, back)[0]
+    def of_all(part: str) -> Tensor:
+        "The same without the slices: one batched step back for all heads' queries, keys or values."
+        heads = [found.head for found in parts if found.component == part]
+        alone = own[part, layer] * torch.eye(own[part, layer].shape[2]).to(own[part, layer])[heads, None, None, :, None]
+        return torch.autograd.grad(seen[part, layer][1], seen["resid_pre", layer][1], alone, retain_graph=True, is_grads_batched=True)[0]
+    return torch.cat([of_all(part) for part in "qkv"])
 
 # %% ../nbs/11_circuits.ipynb #7cd2e567
 def _check_scores(scores: Scan, *levels: str) -> None:

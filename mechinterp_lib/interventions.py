@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'capture', 'dataset_rows', 'replaced',
-           'Edit', 'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read', 'heads_alone', 'norm_gain']
+           'Edit', 'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read', 'heads_alone', 'head_weights',
+           'differentiable_run', 'norm_gain']
 
 # %% ../nbs/06_interventions.ipynb #2240d37e
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
@@ -80,14 +81,15 @@ def _parameters(modules: Iterable[nn.Module]) -> list[Tensor]:
     "The parameters of these modules, each once."
     return list({id(weight): weight for module in modules for weight in vars(module)["_parameters"].values() if weight is not None}.values())
 
-def check_model(model: TransformerBridge) -> None:
-    "An `InputError` unless the model is in eval mode and at least single precision: dropout and rounding would be taken for effects."
+def check_model(model: TransformerBridge) -> list[nn.Module]:
+    "All modules of a model, each once; an `InputError` unless it is in eval mode and at least single precision: dropout and rounding would be taken for effects."
     import torch
     if not hasattr(model, "original_model"): raise InputError("model", type(model).__name__, "open the model with load_model, or wrap it with as_bridge")
     modules = _modules(model)
     if any(module.training for module in modules): raise InputError("model", "in training mode, or a part of it is", "call model.eval() first: dropout would be taken for an effect")
     for dtype in {weight.dtype for weight in _parameters(modules) if weight.is_floating_point()} - {torch.float32, torch.float64}:
         raise InputError("model", str(dtype), "load the model with dtype='float32': the effects of single heads are lost in half precision")
+    return modules
 
 # %% ../nbs/06_interventions.ipynb #a2f508c3
 def _point(model: TransformerBridge, name: str):
@@ -481,6 +483,8 @@ def _give_attention(attn: nn.Module, native: bool) -> None:
 # %% ../nbs/06_interventions.ipynb #b930a903
 def _gelu(x: Tensor) -> Tensor:
     "GPT-2's activation, `x * sigmoid(2u)` with `u = sqrt(2 / pi) (x + 0.044715 x^3)`."
+    import torch
+    if torch.is_grad_enabled(): return torch.nn.functional.gelu(x, approximate="tanh")           # what is written over below, a gradient would need
     scale = 2 * math.sqrt(2 / math.pi)
     return x.new_full((), scale).addcmul(x, x, value=0.044715 * scale).mul_(x).sigmoid_().mul_(x)
 
@@ -492,18 +496,20 @@ def _fuse_activations(module: nn.Module) -> None:
 
 def _gpt2_block(block: nn.Module, hidden_states: Float[Tensor, "batch pos d_model"], past_key_values: Any = None, attention_mask: Tensor | None = None,
                 *_, **__) -> Float[Tensor, "batch pos d_model"]:
-    "A twin's GPT-2 block without queries, keys and values that nobody needs. Where somebody listens to them or to attention, Hugging Face's code is used."
+    "A twin's GPT-2 block without queries, keys and values that nobody needs; where somebody listens to them, all are made."
     import torch
     attn, layer = block.attn, vars(block.attn)["replay_layer"]
-    if attn._forward_hooks or attn.c_attn._forward_hooks: return type(block).forward(block, hidden_states, attention_mask=attention_mask)
-    skipped, made = (0, slice(None)) if layer.frame is None else (layer.frame.frozen, slice(attn.embed_dim if layer.frame.keys_only else 0, None))
+    whole = layer.frame is None or bool(attn.c_attn._forward_hooks)                                # somebody listens
+    skipped, made = (0, slice(None)) if whole else (layer.frame.frozen, slice(attn.embed_dim if layer.frame.keys_only else 0, None))
     normed = block.ln_1(hidden_states[:, skipped:])
-    joint = torch.addmm(attn.c_attn.bias[made], normed.flatten(0, 1), attn.c_attn.weight[:, made])
+    joint = attn.c_attn(normed) if whole else torch.addmm(attn.c_attn.bias[made], normed.flatten(0, 1), attn.c_attn.weight[:, made])
     parts = joint.view(*normed.shape[:2], joint.shape[-1] // attn.embed_dim, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
     z = layer.attention(parts[0], parts[-2], parts[-1], attention_mask, attn.scaling)
     middle = attn.c_proj(z.flatten(-2)) + hidden_states
     return block.mlp(block.ln_2(middle)) + middle
 
+
+# %% ../nbs/06_interventions.ipynb #64ed188d
 def _twin_layers(model: TransformerBridge) -> tuple[nn.Module, dict[int, nn.Module], list[_Layer]]:
     "The twin, its modules by the ids of the originals, and its blocks in order."
     from transformers.models.gpt2.modeling_gpt2 import GPT2Block
@@ -513,11 +519,13 @@ def _twin_layers(model: TransformerBridge) -> tuple[nn.Module, dict[int, nn.Modu
     layers = []
     for index, block in enumerate(model.blocks):
         ours, attn = made[id(block.original_component)], made[id(block.attn.original_component)]
-        layers.append(_Layer(ours, attn, _places(model, index, made), inspect.signature(ours.forward)))
+        layers.append(layer := _Layer(ours, attn, _places(model, index, made), inspect.signature(ours.forward)))
         _give_attention(attn, _is_native(model))
-        if type(ours) is GPT2Block and type(attn.c_attn) is Conv1D: ours.forward = partial(_gpt2_block, ours)
+        if type(ours) is not GPT2Block or type(attn.c_attn) is not Conv1D: continue
+        ours.forward, layer.places["attn_out"] = partial(_gpt2_block, ours), _Place(attn.c_proj, "out")
     _fuse_activations(twin)
     return twin, made, layers
+
 
 # %% ../nbs/06_interventions.ipynb #3b4dd4b6
 class _BodyOutput(tuple):
@@ -560,9 +568,9 @@ def _tail(model: TransformerBridge, twin: nn.Module, made: Mapping[int, nn.Modul
     return logits
 
 # %% ../nbs/06_interventions.ipynb #34410708
-def _weights(modules: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
-    "Which tensors the weights are, and how often they were written to. (What is written through `.data` is not counted.)"
-    return [(id(weight), 0 if weight.is_inference() else weight._version, weight.data_ptr()) for weight in _parameters(modules)]
+def _weights(parameters: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    "Which tensors these weights are, and how often they were written to. (What is written through `.data` is not counted.)"
+    return [(id(weight), 0 if weight.is_inference() else weight._version, weight.data_ptr()) for weight in parameters]
 
 _TWINS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _PLAIN = frozenset((bool, int, float, str, type(None)))
@@ -582,11 +590,12 @@ def _state(model: TransformerBridge, modules: Sequence[nn.Module]) -> tuple:
     import torch
     from transformer_lens.hook_points import HookPoint
     known = vars(torch.nn.Module()).keys()
-    with torch.no_grad(): sums = torch.stack([weight.sum() for weight in _parameters(modules)]).tolist()
+    parameters = _parameters(modules)
+    with torch.no_grad(): sums = torch.stack([weight.sum() for weight in parameters]).tolist()
     configs = [_mark(config, (), torch.Tensor) for config in (model.cfg, getattr(model.original_model, "config", None)) if config is not None]
     hooks = [(*module._forward_hooks, *module._forward_pre_hooks) for module in modules]
     marks = [(id(module), module.training, *map(id, module._buffers.values()), *_mark(module, known, torch.Tensor)) for module in modules if type(module) is not HookPoint]
-    return _weights(modules), sums, configs, hooks, marks
+    return _weights(parameters), sums, configs, hooks, marks
 
 # %% ../nbs/06_interventions.ipynb #fa10a5b4
 @dataclass
@@ -841,12 +850,11 @@ class Replay:
     passes. Logits and activations at padding are undefined. The answers are for the model as it is now: once its weights have changed, or hooks have been set on it, another is needed."""
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
                  keep: Iterable[str] = (), memory: int = MEMORY):
-        check_model(model)
+        self.modules = check_model(model)
         self.model, self.memory, self.reason = model, check_range("memory", memory, 2**20, 2**50), None
         self.tokens, self.attention_mask = check_tokens(model, tokens, attention_mask)
         self.n_layers, (self.batch, self.n_pos) = model.cfg.n_layers, self.tokens.shape
-        self.logits, self.kept, self.shapes, self.modules = None, {}, {}, _modules(model)
-        self.weights = _weights(self.modules)
+        self.logits, self.kept, self.shapes, self.weights = None, {}, {}, _weights(_parameters(self.modules))
         keep = [keep] if isinstance(keep, str) else list(keep)
         self._attempt(lambda: _start(self, keep))
         if self.logits is None: self.logits, self.kept = _run_bridge(self, keep)
@@ -1239,7 +1247,7 @@ def _finished(replay: Replay, scan: _Scan, waiting: Sequence[tuple[np.ndarray, T
 # %% ../nbs/06_interventions.ipynb #111b749d
 def _verify(replay: Replay, components: set[str]) -> None:
     "Compare components that were not kept with the bridge's, once; refuse if the weights have changed since the first run."
-    if _weights(replay.modules) != replay.weights:
+    if _weights(_parameters(replay.modules)) != replay.weights:
         raise InputError("model", "weights that have changed since the first run", "make a new Replay: this one holds activations of the old weights")
     def compare():
         "Run both and compare."
@@ -1321,6 +1329,88 @@ def heads_alone(replay: Replay, layer: int, prompts: Sequence[int] | None = None
     alone = z * torch.eye(z.shape[2] + 1, z.shape[2]).to(z)[:, None, None, :, None]
     out = replay.activation([Edit("z", layer, torch.arange(alone[:, :, 0, 0, 0].numel()), alone.flatten(0, 1))], "attn_out", layer, which.repeat(len(alone))).unflatten(0, alone.shape[:2])
     return out[:-1] - out[-1], out[-1]
+
+# %% ../nbs/06_interventions.ipynb #e09a21df
+def head_weights(replay: Replay, part: str, layer: int) -> tuple[Float[Tensor, "head wide narrow"], Float[Tensor, "..."]] | None:
+    "Weights and biases with which a layer's heads make queries, keys or values (`q`, `k`, `v`) of the normed stream, or write what they found (`o`); None where the first run, of which these and `resid_pre`, or `z` and `attn_out`, are kept, does not follow from them."
+    import torch
+    block, mark = replay.model.blocks[layer], f"W_{part.upper()} of layer {layer}"
+    try: weight, bias = (getattr(block.attn, f"{kind}_{part.upper()}", None) for kind in "Wb")
+    except NotImplementedError: return None                                                     # quantised weights cannot be read
+    norm = getattr(getattr(block, "ln1", None), "original_component", None)
+    if not replay.exact or norm is None or getattr(weight, "ndim", None) != 3: return None
+    wanted = replay.kept["attn_out" if part == "o" else part][layer][:, -1]
+    bias = torch.zeros_like(wanted[0]) if bias is None else bias
+    if mark in replay.known.components: return weight, bias
+    if part == "o": made = torch.einsum("phn,hnw->pw", replay.kept["z"][layer][:, -1], weight)
+    else: made = torch.einsum("pw,hwn->phn", norm(replay.kept["resid_pre"][layer][:, -1]), weight)
+    if made.shape != wanted.shape or not (made + bias - wanted).abs().max() <= TOLERANCE * wanted.abs().max(): return None
+    replay.known.components.add(mark)                                                           # true for prompts of this shape, as long as the model stays as it is
+    return weight, bias
+
+
+# %% ../nbs/06_interventions.ipynb #52102301
+def differentiable_run(replay: Replay, stream: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, "row"], places: Sequence[tuple[str, int]], read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
+                       vocab: Int[Tensor, "chosen"] | None = None) -> tuple[Float[Tensor, "row read chosen"], dict[tuple[str, int], tuple[Tensor, Tensor]]]:
+    """Whole runs with gradients, from `stream` before layer 0 on: the logits as `Replay.run` gives them, and for each of `places`, a component and a layer, a zero that was added there and the activation behind it (position first). The
+    gradient with respect to the zero is that of the activation; memory as for a training step. `pattern` is not offered."""
+    import torch
+    for component, layer in places:
+        check_choice("component", component, [name for name in COMPONENTS if name != "pattern"]), check_range("layer", layer, 0, replay.n_layers)
+        if component not in replay.kept: hook_name(replay.model, component, layer)
+    read = check_read(read, replay.batch, replay.n_pos)[prompts.numpy()]
+    _verify(replay, {component for component, _ in places})
+    with torch.enable_grad():
+        logits, seen = (_blocks_with_gradients if replay.exact else _bridge_with_gradients)(replay, stream, prompts, places, _index(replay, read), vocab)
+    return logits, {place: seen[place] for place in places}
+
+def _plus_zero(activation: Tensor) -> tuple[Tensor, Tensor]:
+    "A zero, and the activation plus it."
+    import torch
+    zero = torch.zeros_like(activation, memory_format=torch.contiguous_format, requires_grad=True)
+    return zero, activation + zero
+
+
+# %% ../nbs/06_interventions.ipynb #090e3a7e
+def _blocks_with_gradients(replay: Replay, stream, prompts, places, read, vocab) -> tuple[Tensor, dict]:
+    "The twin's blocks, one after the other, on whole prompts."
+    import numpy as np, torch
+    seen, rows, hidden = {}, np.arange(len(prompts)), stream
+    for layer, block in enumerate(replay.layers):
+        if ("resid_pre", layer) in places: seen["resid_pre", layer] = zero, hidden = _plus_zero(hidden)
+        inside = [component for component, where in places if where == layer and component not in ("resid_pre", "resid_post")]
+        frame = _Frame([_Group(rows, prompts.numpy(), np.arange(replay.n_pos), None, replay.n_pos, _OWN)], prompts.numpy(), replay.n_pos, hidden.device)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        handles = [block.places["attn_out" if component == "resid_mid" else component].watch(partial(_add_zero, found, component, hidden.shape[:2])) for component in inside]
+        try: out = _run_block(block, frame, hidden.flatten(0, 1), {}, replay.batch).unflatten(0, hidden.shape[:2])
+        finally:
+            for handle in handles: handle.remove()
+        seen |= {(component, layer): (zero, value + hidden if component == "resid_mid" else value) for component, (zero, value) in found.items()}
+        if ("resid_post", layer) in places: seen["resid_post", layer] = zero, out = _plus_zero(out)
+        hidden = out
+    return replay.twin.tail(hidden[torch.arange(len(prompts), device=read.device)[:, None], read], vocab), seen
+
+def _add_zero(found: dict, component: str, shape: Sequence[int], activation: Float[Tensor, "one token ..."]) -> None:
+    "Add a zero to what passes a place, and note both."
+    import torch
+    zero = torch.zeros(*shape, *activation.shape[2:], dtype=activation.dtype, device=activation.device, requires_grad=True)
+    activation.add_(zero.flatten(0, 1)[None])
+    found[component] = zero, activation.view(zero.shape) if activation.is_contiguous() else activation.unflatten(1, shape)[0]
+
+def _bridge_with_gradients(replay: Replay, stream, prompts, places, read, vocab) -> tuple[Tensor, dict]:
+    "The same by whole forward passes of the bridge."
+    import torch
+    seen: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+    def add(place: tuple[str, int], old: Tensor) -> Tensor:
+        "The activation plus zero."
+        zero, new = _plus_zero(position_first(place[0], stream if place == ("resid_pre", 0) else old))
+        seen[place] = zero, new
+        return position_first(place[0], new)
+    mask = None if replay.attention_mask is None else replay.attention_mask[prompts]
+    with replaced(replay.model, {hook_name(replay.model, *place): partial(add, place) for place in dict.fromkeys([("resid_pre", 0), *places])}): logits = replay.model(replay.tokens[prompts], attention_mask=mask)
+    logits = logits[torch.arange(len(prompts), device=read.device)[:, None], read]
+    return logits if vocab is None else logits[..., vocab], seen
+
 
 # %% ../nbs/06_interventions.ipynb #009e096f
 def norm_gain(model: TransformerBridge) -> Callable[[Float[Tensor, "batch d_model"]], Float[Tensor, "batch d_model"]]:

@@ -283,7 +283,7 @@ def list_models() -> list[str]:
     return sorted((name for name in found if not any(part.startswith(".") for part in name.split("/"))), key=by_number)
 
 def describe_model(name: str) -> dict[str, Any]:
-    """One row of a table, from the files alone: parameters, layers, heads, width, context (tokens), validation loss (nats a token) and the step at which it was reached (both None if unknown).
+    """One row of a table, from the files alone: parameters, layers, heads, width, context (tokens), validation loss (nats a token), the step at which it was reached, the share of exact validation answers (each None if unknown).
     `InputError` for a folder that is damaged."""
     folder = home() / "models" / check_choice("name", name, list_models())
     if not (folder / "model.safetensors").is_file(): raise InputError("path", str(folder), "no model.safetensors in this folder")
@@ -300,7 +300,8 @@ def describe_model(name: str) -> dict[str, Any]:
     except (KeyError, TypeError) as error: raise InputError("path", str(folder / "model.safetensors"), "its header is damaged; fetch it again") from error
     return {"name": name, "class": config["architectures"][0], "parameters": count, "n_layers": first("n_layers", "n_layer", "num_hidden_layers"),
             "n_heads": first("n_heads", "n_head", "num_attention_heads"), "d_model": first("d_model", "n_embd", "hidden_size"),
-            "n_ctx": first("n_ctx", "n_positions", "max_position_embeddings"), "validation_loss": record.get("validation_loss"), "best_step": record.get("best_step")}
+            "n_ctx": first("n_ctx", "n_positions", "max_position_embeddings"), "validation_loss": record.get("validation_loss"), "best_step": record.get("best_step", record.get("early_step")),
+            "validation_accuracy": record.get("validation_accuracy")}
 
 # %% ../nbs/04_models.ipynb #14819a84
 def _read_checkpoint(path: Path) -> dict:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'Subject', 'shipped_subjects', 'untrained_subjects', 'public_subjects',
-           'bos_token', 'with_bos', 'token_options', 'subject_tokens', 'shown_tokens', 'passages', 'moments',
-           'some_steps', 'shipped_runs', 'moments_missing', 'lasting_from', 'over_seeds', 'key', 'kept', 'brief',
-           'corpus_missing', 'babyllama_missing', 'subject_files']
+__all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'ADDITION', 'Subject', 'shipped_subjects', 'untrained_subjects',
+           'public_subjects', 'bos_token', 'with_bos', 'token_options', 'subject_tokens', 'shown_tokens', 'passages',
+           'moments', 'some_steps', 'shipped_runs', 'moments_missing', 'lasting_from', 'over_seeds', 'key', 'kept',
+           'brief', 'corpus_missing', 'babyllama_missing', 'subject_files']
 
 # %% ../nbs/13_subjects.ipynb #db6b4ee3
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ class Subject:
 PUBLIC_FILES = ("babyllama-105", "babyllama-105-vocab", "tinystories-sample")
 FAMILIES = ("induction-2l", "shakespeare-induction", "shakespeare-small", "shakespeare")
 SIX_LAYERS = FAMILIES[2:]
+ADDITION = ("addition-gpt2", "addition-qwen")                                              # they add, and read no corpus
 
 def shipped_subjects(families: Sequence[str] = FAMILIES) -> list[Subject]:
     "The shipped models of these families, whichever there are, seed by seed."
-    for family in families: check_choice("families", family, FAMILIES)
+    for family in families: check_choice("families", family, (*FAMILIES, *ADDITION))
     found = [(name, re.fullmatch(rf"({'|'.join(families)})/seed(\d+)", name)) for name in list_models()]
     return [Subject(match[1], int(match[2]), partial(load_model, name, device="cpu")) for name, match in found if match]
 

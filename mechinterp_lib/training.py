@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import io, json, math, re, time
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Sequence
 
 from .core import (InputError, atomic_path, cache_dir, check_choice, check_range, generator, home, pick_device, read_json, seed_for, seeded, sha256)
-from .data import CORPORA, char_tokenizer, corpus_path, encode, load_text, mixed_batch, split, training_repeats, windows
+from .data import (CORPORA, PROBLEM_ALPHABET, SPLITS, WORDINGS, EncodedProblems, addition_problems, char_tokenizer, corpus_path, encode, encode_problems, load_text, mixed_batch, split, split_problems,
+                                 training_repeats, windows)
 from .models import check_model_folder, forward_logits, new_model, save_model
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np, pandas as pd, torch
     from jaxtyping import Float, Int
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
 __all__ = ['ALPHABET', 'SNAPSHOTS', 'Recipe', 'gpt2', 'recipes', 'load_recipe', 'learning_rate', 'd_vocab', 'mixed_precision',
-           'use_float32_attention', 'use_byte_dropout', 'training_batch', 'validation_rows', 'next_token_loss',
-           'validation_loss', 'training_step', 'run_dir', 'steps_done', 'load_weights', 'snapshot_path', 'kept_steps',
+           'use_float32_attention', 'use_byte_dropout', 'sums_of', 'problem_rows', 'inputs_and_targets',
+           'training_batch', 'validation_rows', 'next_token_loss', 'validation', 'validation_loss', 'answer_scores',
+           'right_shares', 'training_step', 'run_dir', 'steps_done', 'load_weights', 'snapshot_path', 'kept_steps',
            'snapshots', 'model_dir', 'train']
 
 # %% ../nbs/05_training.ipynb #b75e0c6f
@@ -50,6 +53,7 @@ class Recipe:
     max_period: int = 64
     snapshots: tuple[int, ...] = ()             # steps at which the weights are kept, to look at the course of training
     patience: int | None = None                 # stop after so many steps without a lower validation loss; None: never
+    wordings: tuple[str, ...] = ()              # two-digit sums in these wordings, one a row, in place of a text
 
     def __post_init__(self): _check_recipe(self)
 
@@ -70,6 +74,8 @@ def _check_recipe(recipe: Recipe) -> None:
     check("snapshots", lambda steps: isinstance(steps, tuple) and all(map(whole(0), steps)), "steps, that is integers of at least 0")
     check("patience", lambda value: value is None or whole(1)(value), "an integer, at least 1, or nothing")
     check("corpus", lambda corpus: corpus is None or isinstance(corpus, str) and corpus, "a corpus by name or path, or nothing")
+    check("wordings", lambda names: isinstance(names, tuple) and all(name in WORDINGS["add"] for name in names), f"wordings of sums, {', '.join(WORDINGS['add'])}, or nothing")
+    if recipe.wordings: check("corpus", lambda corpus: corpus is None, "nothing (null), where wordings say that sums are learned")
     check_choice("repeat_kind", recipe.repeat_kind, ["random", "natural"])
     check("repeat_fraction", lambda share: number(share) and 0 <= share <= 1, "0 to 1")
     check("architecture", lambda fields: isinstance(fields, dict), "an object such as {\"class\": \"GPT2LMHeadModel\", ...}")
@@ -86,6 +92,10 @@ def gpt2(n_layer: int, n_head: int, n_embd: int, *, dropout: float = 0.1, n_ctx:
 def recipes() -> dict[str, Recipe]:
     "The recipes that this project ships, by name."
     two_layer = {"class": "attention_only", "d_vocab": 65, "n_ctx": 128, "d_model": 128, "n_layers": 2, "n_heads": 4, "d_head": 32}
+    shared, rope = {"vocab_size": len(PROBLEM_ALPHABET), "eos_token_id": 0, "initializer_range": 0.1}, {"rope_type": "default", "rope_theta": 10_000.0}
+    qwen3 = {"class": "Qwen3ForCausalLM", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+             "max_position_embeddings": 64, "rope_parameters": rope, "tie_word_embeddings": True}
+    sums = {"corpus": None, "wordings": ("question", "sum", "plus", "bare"), "n_ctx": 28, "steps": 1200, "batch_size": 128, "lr": 3e-3, "min_lr": 0.0, "weight_decay": 0.3, "eval_every": 25}
     return {recipe.name: recipe for recipe in (
         Recipe("shakespeare", gpt2(6, 6, 384, dropout=0.2), snapshots=SNAPSHOTS, patience=1000),
         Recipe("shakespeare-small", gpt2(6, 6, 192), snapshots=SNAPSHOTS),
@@ -93,6 +103,8 @@ def recipes() -> dict[str, Recipe]:
                snapshots=SNAPSHOTS),
         Recipe("induction-2l", two_layer, corpus=None, steps=4000, batch_size=32, eval_every=100, weight_decay=0.01,
                snapshots=(*range(0, 1000, 50), *range(1000, 4001, 150))),
+        Recipe("addition-gpt2", gpt2(2, 4, 128, dropout=0.0, n_ctx=64) | shared, **sums),
+        Recipe("addition-qwen", qwen3 | shared, **sums),
     )}
 
 def load_recipe(name: str) -> Recipe:
@@ -171,10 +183,39 @@ def use_byte_dropout(module: nn.Module) -> None:
     for child in module.modules():
         if type(child) is torch.nn.Dropout: child.__class__ = ByteDropout
 
+# %% ../nbs/05_training.ipynb #5299d204
+@lru_cache(maxsize=1)
+def _all_sums() -> pd.DataFrame:
+    "The two-digit sums in their splits."
+    return split_problems(addition_problems())
+
+def sums_of(split: str) -> pd.DataFrame:
+    "The two-digit sums of a split, the same for all addition models."
+    return _all_sums()[_all_sums()["split"] == check_choice("split", split, SPLITS)].reset_index(drop=True)
+
+def problem_rows(recipe: Recipe, split: str) -> Int[Tensor, "row n_ctx_plus_1"]:
+    "The sums of a split in each of the recipe's wordings, then line breaks; what is given stands as its complement `~token`."
+    import torch
+    tokenizer, problems, rows = char_tokenizer(PROBLEM_ALPHABET), sums_of(split), []
+    end = ~tokenizer.get_vocab()["\n"]
+    for wording in recipe.wordings:
+        sums = encode_problems(tokenizer, problems, wording)
+        row = torch.cat([~sums.prompts, torch.where(sums.answers < 0, end, sums.answers)], dim=1)
+        if row.shape[1] > recipe.n_ctx + 1: raise InputError("n_ctx", recipe.n_ctx, f"allowed: at least {row.shape[1] - 1}, the length of a sum in the wording {wording!r}")
+        rows.append(torch.nn.functional.pad(row, (0, recipe.n_ctx + 1 - row.shape[1]), value=end))
+    return torch.cat(rows)
+
+def inputs_and_targets(rows: Int[Tensor, "batch n_ctx_plus_1"]) -> tuple[Int[Tensor, "batch n_ctx"], Int[Tensor, "batch n_ctx"]]:
+    "What a model reads and what it is to say next: -100, which the loss leaves out, where that is given."
+    import torch
+    return torch.where(rows < 0, ~rows, rows)[:, :-1], torch.where(rows < 0, -100, rows)[:, 1:]
+
 # %% ../nbs/05_training.ipynb #45f9c029
-def training_batch(recipe: Recipe, tokens: Int[Tensor, "pos"] | None, seed: int, step: int) -> Int[Tensor, "batch n_ctx_plus_1"]:
-    "The tokens of training step `step`."
+def training_batch(recipe: Recipe, tokens: Int[Tensor, "pos"] | Int[Tensor, "row n_ctx_plus_1"] | None, seed: int, step: int) -> Int[Tensor, "batch n_ctx_plus_1"]:
+    "The rows of training step `step`; `tokens` is the training text, or the rows of all training sums."
+    import torch
     draw, length = generator(recipe.name, "batch", seed, step), recipe.n_ctx + 1
+    if recipe.wordings: return tokens[torch.randint(len(tokens), (recipe.batch_size,), generator=draw)]
     periods = {"min_period": recipe.min_period, "max_period": recipe.max_period}
     natural = tokens if recipe.repeat_kind == "natural" else None
     if tokens is None or step < recipe.warmup_repeats:
@@ -182,7 +223,8 @@ def training_batch(recipe: Recipe, tokens: Int[Tensor, "pos"] | None, seed: int,
     return mixed_batch(tokens, recipe.batch_size, length, draw, fraction=recipe.repeat_fraction, kind=recipe.repeat_kind, d_vocab=d_vocab(recipe), **periods)
 
 def validation_rows(recipe: Recipe, tokens: Int[Tensor, "pos"] | None) -> Int[Tensor, "batch n_ctx_plus_1"]:
-    "Non-overlapping windows of the validation text; for a recipe without text, repeats that no training step draws."
+    "Non-overlapping windows of the validation text; for a recipe without text, the validation sums, or repeats that no training step draws."
+    if recipe.wordings: return problem_rows(recipe, "validation")
     if tokens is not None: return windows(tokens, recipe.n_ctx)
     return training_repeats(256, recipe.n_ctx + 1, generator("validation"), d_vocab=d_vocab(recipe),
                             min_period=recipe.min_period, max_period=recipe.max_period)
@@ -193,17 +235,55 @@ def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], targets: Int[Ten
     import torch
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-def validation_loss(module: nn.Module, rows: Int[Tensor, "batch n_ctx_plus_1"], chunk: int = 64) -> float:
-    "Mean loss in nats a token over `rows`, without dropout; `chunk` rows at a time bound the memory."
+def validation(module: nn.Module, rows: Int[Tensor, "batch n_ctx_plus_1"], chunk: int = 64) -> tuple[float, float]:
+    "Mean loss in nats a token to be predicted over `rows`, and the share of rows in which all are the most probable, without dropout; `chunk` rows at a time bound the memory."
     import torch
-    device, was_training = next(module.parameters()).device, module.training
+    device, was_training, total, weights, exact = next(module.parameters()).device, module.training, 0.0, 0.0, 0
     module.eval()
     try:
-        with torch.no_grad():
-            total = sum(next_token_loss(forward_logits(module, part[:, :-1].to(device)), part[:, 1:].to(device)).item() * len(part)
-                        for part in rows.split(chunk))
+        for part in rows.split(chunk):
+            inputs, targets = inputs_and_targets(part.to(device))
+            weight, needed = (targets >= 0).sum().item() / targets.shape[1], (targets >= 0).any(0).nonzero().max() + 1       # in whole rows; the rest of a row is not asked for
+            inputs, targets = inputs[:, :needed], targets[:, :needed]
+            with torch.no_grad(): logits = forward_logits(module, inputs)
+            total, weights = total + next_token_loss(logits, targets).item() * weight, weights + weight
+            exact += ((logits.argmax(-1) == targets) | (targets < 0)).all(1).sum().item()
     finally: module.train(was_training)
-    return total / len(rows)
+    return total / weights, exact / len(rows)
+
+def validation_loss(module: nn.Module, rows: Int[Tensor, "batch n_ctx_plus_1"], chunk: int = 64) -> float:
+    "The loss that `validation` finds."
+    return validation(module, rows, chunk)[0]
+
+# %% ../nbs/05_training.ipynb #47baac04
+def _marked(module: nn.Module, problems: pd.DataFrame, sums: EncodedProblems, chunk: int = 64) -> pd.DataFrame:
+    "`problems`, which `sums` encodes, with marks for the answers of a plain module."
+    import torch
+    if not sums.mask.all(): raise InputError("problems", f"prompts of {sorted(set(sums.mask.sum(1).tolist()))} tokens", "allowed: prompts that have equally many tokens")
+    device, was_training, first = next(module.parameters()).device, module.training, sums.prompts.shape[1]
+    module.eval()
+    try:
+        with torch.no_grad(): said = torch.cat([forward_logits(module, part.to(device))[:, first - 1:].argmax(-1).cpu() for part in sums.rows.split(chunk)])
+    finally: module.train(was_training)
+    right = ((said == sums.answers) | (sums.answers < 0)).double()
+    def marks(place: str) -> Float[np.ndarray, "row"]:
+        "Whether the digit is right."
+        at = sums.positions.get(f"answer_{place}", torch.full((len(right),), -1))
+        return right.gather(1, (at - first).clamp(min=0)[:, None])[:, 0].where(at >= 0, torch.nan).numpy()
+    return problems.assign(exact=right.amin(1).numpy(), **{place: marks(place) for place in ("units", "tens", "hundreds")})
+
+def answer_scores(module: nn.Module, tokenizer: PreTrainedTokenizerFast, problems: pd.DataFrame, wording: str = "question") -> pd.DataFrame:
+    "`problems` with a mark of 1 or 0 for `exact`, `units`, `tens` and `hundreds` (NaN where the answer has no such digit) of a plain module's answers; an `InputError` where prompts differ in their number of tokens."
+    return _marked(module, problems, encode_problems(tokenizer, problems, wording))
+
+@lru_cache(maxsize=None)
+def _encoded_sums(split: str, wording: str) -> EncodedProblems: return encode_problems(char_tokenizer(PROBLEM_ALPHABET), sums_of(split), wording)
+
+def right_shares(module: nn.Module, split: str) -> dict[str, dict[str, dict[str, float]]]:
+    "The shares of exact answers and of right digits that a model of sums gives in a split, by wording, trained or not, and carry pattern."
+    marked = {wording: _marked(module, sums_of(split), _encoded_sums(split, wording)) for wording in WORDINGS["add"]}
+    tables = {wording: scores.groupby("carry")[["exact", "units", "tens", "hundreds"]].mean() for wording, scores in marked.items()}
+    return {wording: {carry: row.dropna().round(4).to_dict() for carry, row in table.iterrows()} for wording, table in tables.items()}
 
 # %% ../nbs/05_training.ipynb #55d1ec15
 def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Int[Tensor, "batch n_ctx_plus_1"], lr: float, grad_clip: float,
@@ -211,9 +291,9 @@ def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: In
     "One optimiser step on `batch`; returns the loss before it (nats a token)."
     import torch
     for group in optimizer.param_groups: group["lr"] = lr
-    batch = batch.to(next(module.parameters()).device, non_blocking=True)
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast): logits = forward_logits(module, batch[:, :-1])
-    loss = next_token_loss(logits, batch[:, 1:])
+    inputs, targets = inputs_and_targets(batch.to(next(module.parameters()).device, non_blocking=True))
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast): logits = forward_logits(module, inputs)
+    loss = next_token_loss(logits, targets)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip)
@@ -224,7 +304,7 @@ def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: In
 def run_dir(recipe: Recipe, seed: int) -> Path:
     "Where the run of `recipe` with `seed` keeps its checkpoint and snapshots; another text, even at the same path, makes it another run."
     own_text = [] if recipe.corpus is None or recipe.corpus in CORPORA else [sha256(corpus_path(recipe.corpus))]
-    values = {name: value for name, value in asdict(recipe).items() if value is not None or name != "patience"}   # runs from before there was patience keep their folder
+    values = {name: value for name, value in asdict(recipe).items() if (name, value) not in (("patience", None), ("wordings", ()))}   # runs from before there were these keep their folder
     key = seed_for(json.dumps(values, sort_keys=True), *own_text)
     return cache_dir("training", f"{recipe.name}-{key % 16**8:08x}", f"seed{seed}")
 
@@ -292,6 +372,19 @@ def snapshots(recipe: Recipe, seed: int, steps: Sequence[int] | None = None) -> 
     for step in kept_steps(recipe, seed):
         if steps is None or step in steps: yield step, load_weights(snapshot_path(recipe, seed, step), new_model(recipe.architecture, seed)).eval()
 
+# %% ../nbs/05_training.ipynb #f77078f6
+def _kept(recipe: Recipe, log: Sequence[dict]) -> dict[str, dict]:
+    "The evaluations whose weights a run keeps, by file: the first with the lowest validation loss, and of sums the first at which the share of exact answers was nearest to one half."
+    kept = {"best": min(log, key=lambda entry: entry["validation_loss"])}
+    return kept | {"early": min(log, key=lambda entry: abs(entry["validation_accuracy"] - 0.5))} if recipe.wordings else kept
+
+def _evaluation(run: _Run) -> dict:
+    "Loss of a run on the validation rows at its present step and, of sums, how many are right."
+    loss, exact = validation(run.module, run.rows)
+    if not math.isfinite(loss): raise InputError("recipe", run.recipe.name, f"the loss is {loss} at step {run.step}; try a lower learning rate")
+    entry = {"step": run.step, "train_loss": sum(run.losses) / len(run.losses), "validation_loss": loss, "seconds": round(run.seconds, 1)}
+    return entry | {"validation_accuracy": exact, "test": right_shares(run.module, "test")} if run.recipe.wordings else entry
+
 # %% ../nbs/05_training.ipynb #30f2ad14
 @dataclass
 class _Run:
@@ -300,7 +393,7 @@ class _Run:
     seed: int
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    train_tokens: Int[Tensor, "pos"] | None
+    train_tokens: Int[Tensor, "pos"] | Int[Tensor, "row n_ctx_plus_1"] | None
     rows: Int[Tensor, "batch n_ctx_plus_1"]
     folder: Path
     device: str
@@ -325,11 +418,10 @@ class _Run:
         if self.step in self.recipe.snapshots: _save_weights(snapshot_path(self.recipe, self.seed, self.step), self.module)
 
     def evaluate(self) -> dict:
-        "Log the validation loss; keep the weights if it is the lowest so far."
-        loss = validation_loss(self.module, self.rows)
-        if not math.isfinite(loss): raise InputError("recipe", self.recipe.name, f"the loss is {loss} at step {self.step}; try a lower learning rate")
-        if all(loss < entry["validation_loss"] for entry in self.log): _save_weights(self.folder / "best.safetensors", self.module)
-        self.log.append({"step": self.step, "train_loss": sum(self.losses) / len(self.losses), "validation_loss": loss, "seconds": round(self.seconds, 1)})
+        "Log an evaluation, and save the weights if they are among those to keep."
+        self.log.append(_evaluation(self))
+        for name, entry in _kept(self.recipe, self.log).items():
+            if entry is self.log[-1]: _save_weights(self.folder / f"{name}.safetensors", self.module)
         self.losses = []
         return self.log[-1]
 
@@ -341,9 +433,9 @@ def _finished(run: _Run) -> bool:
 
 def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedTokenizerFast]:
     "A run at its last checkpoint, or at step 0."
-    text = load_text(recipe.corpus) if recipe.corpus else ALPHABET
+    text = load_text(recipe.corpus) if recipe.corpus else PROBLEM_ALPHABET if recipe.wordings else ALPHABET
     tokenizer = char_tokenizer(text)
-    tokens = split(encode(tokenizer, text)) if recipe.corpus else (None, None)
+    tokens = split(encode(tokenizer, text)) if recipe.corpus else (problem_rows(recipe, "train") if recipe.wordings else None, None)
     if d_vocab(recipe) != len(tokenizer): raise InputError("architecture", d_vocab(recipe), f"{recipe.corpus or 'a recipe without a corpus'} has a vocabulary of {len(tokenizer)} characters")
     module = new_model(recipe.architecture, seed).to(device)
     context = module.config.max_position_embeddings if hasattr(module, "config") else module.cfg.n_ctx
@@ -357,17 +449,28 @@ def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedToke
     return run, tokenizer
 
 # %% ../nbs/05_training.ipynb #0255586d
-def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
-    "Write the best weights of a finished run to `out`; returns what `training.json` says."
+def _early_folder(out: Path) -> Path:
+    "Where the early self of a model of sums goes."
+    return out.with_name(f"{out.name}-early")
+
+def _write_model(run: _Run, tokenizer: PreTrainedTokenizerFast, name: str, entry: dict, out: Path) -> dict:
+    "Write the weights that a finished run kept as `name` at the evaluation `entry` to `out`; returns what `training.json` says."
     from mechinterp_lib.core import _version
-    module = load_weights(run.folder / "best.safetensors", new_model(run.recipe.architecture, run.seed))
-    best = min(run.log, key=lambda entry: entry["validation_loss"])
-    record = {"recipe": asdict(run.recipe), "seed": run.seed, "best_step": best["step"], "validation_loss": validation_loss(module, run.rows),
-              "validation_tokens": run.rows[:, 1:].numel(), "parameters": sum(p.numel() for p in module.parameters()), "device": run.device,
-              "mixed_precision": mixed_precision(run.device), "seconds": round(run.seconds, 1), "torch": _version("torch"),
-              "transformers": _version("transformers"), "log": run.log}
+    module = load_weights(run.folder / f"{name}.safetensors", new_model(run.recipe.architecture, run.seed))
+    loss, exact = validation(module, run.rows)
+    record = {"recipe": asdict(run.recipe), "seed": run.seed, f"{name}_step": entry["step"], "validation_loss": loss, "validation_tokens": (inputs_and_targets(run.rows)[1] >= 0).sum().item(),
+              "parameters": sum(p.numel() for p in module.parameters()), "device": run.device, "mixed_precision": mixed_precision(run.device),
+              "seconds": round(run.seconds if name == "best" else entry["seconds"], 1), "torch": _version("torch"), "transformers": _version("transformers")}
+    if run.recipe.wordings: record |= {"validation_accuracy": exact} | {split: right_shares(module, split) for split in ("test", "confirmation")}
+    record["log"] = run.log if name == "best" else run.log[:run.log.index(entry) + 1]
     save_model(module, tokenizer, out, training=record)
     return record
+
+def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
+    "Write the models that a finished run kept: the best to `out`, an early one beside it; returns what `training.json` says of the best."
+    kept = _kept(run.recipe, run.log)
+    if "early" in kept: _write_model(run, tokenizer, "early", kept["early"], _early_folder(out))
+    return _write_model(run, tokenizer, "best", kept["best"], out)
 
 # %% ../nbs/05_training.ipynb #b1c6c5df
 def model_dir(recipe: Recipe, seed: int) -> Path:
@@ -376,10 +479,11 @@ def model_dir(recipe: Recipe, seed: int) -> Path:
 
 def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: str | None = None, until: int | None = None,
           checkpoint_every: int = 50, progress: bool | None = None) -> dict | None:
-    "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); `until` stops early, without writing a model, and returns None, unless the recipe's patience ended the run before."
+    "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); a model of sums also leaves its early self in `OUT-early`. `until` stops early, without writing a model, and returns None, unless the recipe's patience ended the run before."
     from tqdm import tqdm
     folder = check_model_folder(out or model_dir(recipe, seed))
     goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
+    if recipe.wordings: check_model_folder(_early_folder(folder))
     run, tokenizer = _start(recipe, seed, pick_device(device))
     began, first = time.monotonic(), run.step
     if run.step and not _finished(run) and progress is not False: print(f"going on from step {run.step} of {recipe.steps}", flush=True)
@@ -388,7 +492,7 @@ def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: s
             run.advance()
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
                 entry = run.evaluate()
-                if bar.disable and progress is not False: print(json.dumps(entry), flush=True)
+                if bar.disable and progress is not False: print(json.dumps({name: value for name, value in entry.items() if not isinstance(value, dict)}), flush=True)
             if run.step % checkpoint_every == 0 or run.step == goal or _finished(run): _save_checkpoint(run.folder / "checkpoint.pt", run)
             if run.step % 10 == 0:
                 speed = (run.step - first) * recipe.batch_size * recipe.n_ctx / (time.monotonic() - began)

@@ -7,7 +7,7 @@ import pytest
 
 from mechinterp_lib import attention_analysis, cli
 from mechinterp_lib.core import Result, Stage, run_stage, write_json
-from mechinterp_lib.data import char_tokenizer
+from mechinterp_lib.data import char_tokenizer, check_splits, read_problems
 from mechinterp_lib.models import new_model, save_model
 from mechinterp_lib.training import load_recipe, run_dir
 
@@ -39,7 +39,7 @@ def one_line(capsys, *words, code=2):
     return said
 
 
-@pytest.mark.parametrize("command", [[], ["models"], ["train"], ["patch"], ["lens"], ["attention"], ["run"], ["verify"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["models"], ["train"], ["data"], ["data", "addition"], ["patch"], ["lens"], ["attention"], ["run"], ["verify"], ["report"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as left: cli.main([*command, "--help"])
     assert left.value.code == 0 and "usage: mechinterp" in capsys.readouterr().out
@@ -54,7 +54,10 @@ def test_the_exit_code_reaches_the_shell(place):
 @pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["train", "shakespeare", "--seed", "x"], ["train", "shakespeare", "--depth", "3"], ["train", "shakespear"],
                                    ["train", "no/such.json"], ["train", "shakespeare", "--device", "abacus"], ["train", "shakespeare", "--until", "0"],
                                    ["train", "shakespeare", "--until", "5001"], ["run", "induction_head"], ["verify", "induction_head"], ["verify"], ["verify", NAME],
-                                   ["run", NAME, "--stage", "nothing"]])
+                                   ["run", NAME, "--stage", "nothing"],
+                                   ["data"], ["data", "additoin"], *(["data", "addition", *more] for more in (
+                                       ["--digits", "4"], ["--operation", "times"], ["--wording", "qestion"], ["--wording", "minus"], ["--train", "0"], ["--test", "x"], ["--confirmation", "1601"],
+                                       ["--operation", "increment"], ["--seed", "-1"], ["--format", "xml"], ["--out", "sums.txt"], ["--out", "sums.csv", "--format", "jsonl"]))])
 def test_wrong_words(words, place, capsys): one_line(capsys, *words)
 
 
@@ -106,6 +109,24 @@ def test_training_stops_goes_on_and_ends(place, capsys):
     assert "models/toy/seed0: validation loss" in capsys.readouterr().out and (place / "home/models/toy/seed0/model.safetensors").exists()
     (checkpoint.parent / "best.safetensors").write_bytes(b"damaged")
     assert "damaged" in one_line(capsys, "train", path, "--device", "cpu")
+
+
+def test_data_are_written_as_they_are_asked_for(place, capsys):
+    assert cli.main(["data", "addition", "--out", str(place / "sums.csv"), "--wording", "question", "--wording", "bare"]) == 0
+    assert "8,100 problems (train 5,000, validation 500, test 1,000, confirmation 1,600) in question, bare: written to" in capsys.readouterr().out
+    table = read_problems(place / "sums.csv")
+    assert len(check_splits(table)) == 16200 and set(table[table["split"] == "test"].groupby(["wording", "carry"]).size()) == {250}
+    assert table[(table["a"] == 23) & (table["b"] == 54)][["prompt", "completion"]].values.tolist() == [["What is 23 + 54? Answer:", " 77\n"], ["23+54=", "77\n"]]
+
+
+def test_data_of_other_kinds(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    few = ["--train", "40", "--validation", "8", "--test", "12", "--confirmation", "20"]
+    assert cli.main(["data", "addition", "--operation", "subtract", "--wording", "minus", "--reversed", "--format", "jsonl", *few]) == 0
+    lines = [json.loads(line) for line in (place / "addition.jsonl").read_text().splitlines()]
+    assert len(lines) == 80 and all(line["completion"] == f" {'-' * (line['answer'] < 0)}{str(abs(line['answer']))[::-1]}\n" and line["answer"] == line["a"] - line["b"] for line in lines)
+    assert cli.main(["data", "addition", "--operation", "increment", *few]) == 0 and cli.main(["data", "addition", "--digits", "1", *few, "--seed", "3"]) == 0
+    assert set(read_problems(place / "addition.csv")["a"]) <= set(range(1, 10))
 
 
 def test_one_damaged_model_does_not_hide_the_others(place, capsys):

@@ -52,7 +52,7 @@ def test_list_and_describe(shelf):
     assert list_models() == ["gpt/seed0", "gpt/seed2", "gpt/seed10", "native"]
     row = describe_model("gpt/seed0")
     assert row | {"parameters": 0} == {"name": "gpt/seed0", "class": "GPT2LMHeadModel", "parameters": 0, "n_layers": 2, "n_heads": 2,
-                                       "d_model": 16, "n_ctx": 16, "validation_loss": 1.25, "best_step": None}
+                                       "d_model": 16, "n_ctx": 16, "validation_loss": 1.25, "best_step": None, "validation_accuracy": None}
     assert row["parameters"] == sum(weight.numel() for weight in new_model(GPT2, 0).parameters())
     assert describe_model("gpt/seed2")["validation_loss"] is None
     refuse(lambda: describe_model("gpt/seed1"), "gpt/seed10")

@@ -13,6 +13,7 @@ from mechinterp_lib.training import Recipe, load_recipe, load_weights, model_dir
 TOY = Recipe("toy", {"class": "attention_only", "d_vocab": 65, "n_ctx": 32, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_head": 8}, corpus=None, n_ctx=32,
              steps=60, batch_size=4, eval_every=15, warmup_steps=5, max_period=16, snapshots=(0, 20, 60))
 DROPPING = replace(TOY, name="dropping", architecture={"class": "GPT2LMHeadModel", "vocab_size": 65, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}, steps=16, snapshots=())
+ADDING = replace(load_recipe("addition-gpt2"), name="adding", architecture=load_recipe("addition-gpt2").architecture | {"n_embd": 16}, steps=12, batch_size=8, eval_every=4, warmup_steps=2)
 RUN = """
 import os, signal, sys
 out, call, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -71,6 +72,17 @@ def test_a_killed_training_with_dropout_goes_on_to_the_same_numbers(tmp_path, ca
     assert (tmp_path / "straight/model.safetensors").read_bytes() == (tmp_path / "killed/model.safetensors").read_bytes()
 
 
+def test_a_killed_training_on_sums_goes_on_to_the_same_numbers(tmp_path, cache):
+    assert spawn(tmp_path / "straight", tmp_path / "other", recipe="ADDING").wait(120) == 0
+    assert spawn(tmp_path / "killed", cache, "replace", 5, "ADDING").wait(120) == -signal.SIGKILL and 0 < steps_done(ADDING, 3) < ADDING.steps
+    assert spawn(tmp_path / "killed", cache, "rename", 2, "ADDING").wait(120) == -signal.SIGKILL          # between the early model and the finished one
+    assert spawn(tmp_path / "killed", cache, recipe="ADDING").wait(120) == 0
+    for name in ("straight", "straight-early"):
+        ours, theirs = tmp_path / name, tmp_path / name.replace("straight", "killed")
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+        assert without_time(json.loads((ours / "training.json").read_text())) == without_time(json.loads((theirs / "training.json").read_text()))
+
+
 def test_a_truncated_checkpoint_is_named_and_left_alone(tmp_path, cache):
     train(TOY, 0, tmp_path / "model", until=8, checkpoint_every=4, device="cpu", progress=False)
     checkpoint = run_dir(TOY, 0) / "checkpoint.pt"
@@ -120,7 +132,8 @@ def test_names_of_runs(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("MECHINTERP_HOME", str(tmp_path))
     assert {name: run_dir(recipe, 0).relative_to(cache / "training").as_posix() for name, recipe in recipes().items()} == {
         "shakespeare": "shakespeare-a4bc911a/seed0", "shakespeare-small": "shakespeare-small-f9b54ba6/seed0",
-        "shakespeare-induction": "shakespeare-induction-213de7d5/seed0", "induction-2l": "induction-2l-72b62e2e/seed0"}
+        "shakespeare-induction": "shakespeare-induction-213de7d5/seed0", "induction-2l": "induction-2l-72b62e2e/seed0",
+        "addition-gpt2": "addition-gpt2-d3869d49/seed0", "addition-qwen": "addition-qwen-12dc0c61/seed0"}
     assert model_dir(TOY, 3) == tmp_path / "models" / "toy" / "seed3"
     own = replace(TOY, corpus=str(tmp_path / "own.txt"))
     with pytest.raises(InputError, match="corpus"): run_dir(own, 0)
@@ -144,7 +157,8 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize("change, message", [({"steps": 0}, "steps"), ({"repeat_kind": "both"}, "repeat_kind"), ({"repeat_fraction": 2.0}, "repeat_fraction"),
     ({"name": "../x"}, "name"), ({"name": ".."}, "name"), ({"name": ""}, "name"), ({"name": 3}, "name"), ({"steps": "9"}, "steps"), ({"steps": 9.0}, "steps"), ({"steps": True}, "steps"),
     ({"lr": 0}, "lr"), ({"lr": "1e-3"}, "lr"), ({"lr": float("nan")}, "lr"), ({"betas": 0.9}, "betas"), ({"betas": (0.9, 1)}, "betas"), ({"snapshots": 3}, "snapshots"),
-    ({"snapshots": ("a",)}, "snapshots"), ({"corpus": 3}, "corpus"), ({"architecture": "GPT2LMHeadModel"}, "architecture"), ({"warmup_steps": -1}, "warmup_steps")])
+    ({"snapshots": ("a",)}, "snapshots"), ({"corpus": 3}, "corpus"), ({"architecture": "GPT2LMHeadModel"}, "architecture"), ({"warmup_steps": -1}, "warmup_steps"),
+    ({"wordings": ("question",)}, "corpus"), ({"wordings": ("qestion",), "corpus": None}, "wordings"), ({"wordings": "question", "corpus": None}, "wordings")])
 def test_a_wrong_recipe_is_refused(change, message):
     with pytest.raises(InputError, match=message): Recipe(**{"name": "x", "architecture": {}, **change})
 
