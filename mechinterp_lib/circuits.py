@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     Edges = pd.DataFrame | Sequence[tuple[str, str]] | Bool[Tensor, "sender receiver"]
 
 # %% auto #0
-__all__ = ['FRACTIONS', 'METHODS', 'edge_names', 'Graph', 'model_graph', 'graph_pairs', 'Runner', 'edge_attribution',
-           'edge_auroc', 'top_edges', 'faithfulness_curve', 'curve_areas', 'Evaluation', 'evaluate_circuit',
-           'random_circuit', 'matched_circuit', 'acdc', 'halves', 'find_circuit', 'until_faithful', 'causal_scrub',
-           'draw_circuit']
+__all__ = ['ABLATIONS', 'FRACTIONS', 'METHODS', 'edge_names', 'names_nodes', 'Graph', 'model_graph', 'node_edges', 'graph_pairs',
+           'Runner', 'edge_attribution', 'edge_auroc', 'top_edges', 'top_nodes', 'faithfulness_curve', 'curve_areas',
+           'Evaluation', 'evaluate_circuit', 'alone_and_without', 'random_circuit', 'matched_circuit', 'acdc', 'halves',
+           'find_circuit', 'until_faithful', 'causal_scrub', 'draw_circuit']
 
 # %% ../nbs/11_circuits.ipynb #e789419c
 def edge_names(edges: Edges) -> list[tuple[str, str]]:
@@ -42,6 +42,12 @@ def edge_names(edges: Edges) -> list[tuple[str, str]]:
     if not isinstance(edges, (list, tuple, set)) or not all(isinstance(edge, tuple) and len(edge) == 2 and all(isinstance(name, str) for name in edge) for edge in edges):
         raise InputError("edges", type(edges).__name__, "allowed: a list of (sender, receiver) names, a frame with these columns, or a mask")
     return list(edges)
+
+def names_nodes(circuit: Any) -> bool:
+    "Whether a circuit is given by its nodes: a list of names, or a frame with no column `receiver`."
+    if hasattr(circuit, "columns"): return "receiver" not in circuit.columns and "sender" in circuit.columns
+    return isinstance(circuit, (list, set)) and bool(circuit) and all(isinstance(name, str) for name in circuit)
+
 
 # %% ../nbs/11_circuits.ipynb #ea187698
 @dataclass(frozen=True, eq=False)
@@ -64,8 +70,9 @@ class Graph:
         return {name: i for i, name in enumerate(self.receivers)}
 
     def mask(self, edges: Edges) -> Bool[Tensor, "sender receiver"]:
-        "Edges as a mask; `InputError` for names that the model does not have, or an edge that would run backwards."
+        "Edges, or those among nodes, as a mask; `InputError` for names that the model does not have, or an edge that would run backwards."
         import torch
+        if names_nodes(edges): return self.among(self.nodes(edges))
         if isinstance(edges, torch.Tensor):
             if edges.dtype != torch.bool or edges.shape != self.allowed.shape: raise InputError("edges", f"{tuple(edges.shape)} {edges.dtype}", f"allowed: a bool tensor {tuple(self.allowed.shape)}, or pairs of names")
             pairs = edges.nonzero().tolist()
@@ -107,6 +114,35 @@ def model_graph(model: TransformerBridge) -> Graph:
     inputs = torch.tensor([[receiver in inputs_of[sender] for receiver in receivers] for sender in senders])
     return Graph(senders, receivers, allowed, inputs, aliases)
 
+# %% ../nbs/11_circuits.ipynb #526a91e1
+def _nodes(self: Graph, names: pd.DataFrame | Sequence[str]) -> Bool[Tensor, "sender"]:
+    "Heads and MLPs as a mask, without the embedding, which is always in; `InputError` for names that the model does not have."
+    import torch
+    mask = torch.zeros(len(self.senders), dtype=torch.bool)
+    for name in names["sender"] if hasattr(names, "columns") else names: mask[self.sender[check_choice("node", name, self.senders)]] = True
+    mask[0] = False
+    return mask
+
+def _among(self: Graph, nodes: Bool[Tensor, "*circuit sender"]) -> Bool[Tensor, "*circuit sender receiver"]:
+    "All edges among these nodes, the embedding and the logits. What heads share is in with any of them."
+    sends = nodes.clone()
+    sends[..., 0] = True
+    reads = sends.float() @ self.inputs.float() > 0
+    reads[..., -1] = True
+    return self.allowed & sends[..., :, None] & reads[..., None, :]
+
+def _names(self: Graph, mask: Bool[Tensor, "sender *receiver"]) -> list[tuple[str, str]] | list[str]:
+    "The names of the edges in a mask, or of the nodes in a mask of these."
+    return self.edges(mask) if mask.ndim == 2 else [name for name, there in zip(self.senders, mask.tolist()) if there]
+
+Graph.nodes, Graph.among, Graph.names = _nodes, _among, _names
+
+def node_edges(model: TransformerBridge, nodes: pd.DataFrame | Sequence[str]) -> list[tuple[str, str]]:
+    "The edges of a circuit that is given by its nodes, `[\"L0H1\", \"layer_0_mlp\"]`: all among them, the embedding and the logits; `InputError` for anything but names of the model's heads and MLPs."
+    if not names_nodes(nodes): raise InputError("nodes", type(nodes).__name__, "allowed: a list of names, at least one, or a frame with a column sender and none for receivers")
+    graph = model_graph(model)
+    return graph.edges(graph.mask(nodes))
+
 # %% ../nbs/11_circuits.ipynb #d5990366
 def graph_pairs(model: TransformerBridge, graph: Graph, task: Task, direction: str, memory: int) -> Pairs:
     "The runs of a task's prompts with all that the graph's nodes read and write; an `InputError` where the nodes do not add up to the stream, or the edges not to the run."
@@ -146,20 +182,76 @@ def _check_all_edges(pairs: Pairs, graph: Graph) -> bool:
     if not error <= most: raise InputError("model", type(pairs.replay.model.original_model).__name__, f"this model cannot be split into edges here: with all of them the {pairs.metric.name} of pair {int(pair)} is off by {error:.1g}")
     return bool(gap > most)                                                                     # runs that are alike show nothing
 
+# %% ../nbs/11_circuits.ipynb #8986104a
+class _Moves:
+    "What a `Runner` knows of its senders, each worked out when it is first asked for: how far they move to the clean run, and what is there without them."
+    pairs: Pairs
+    graph: Graph
+    start: int
+    ablation: str
+
+    @cached_property
+    def _embed(self) -> Float[Tensor, "one pair late d_model"]:
+        "How far the embedding moves from the corrupted to the clean run."
+        return sender_changes(self.pairs, {"embed": []})[:, :, self.start:].contiguous()
+
+    @cached_property
+    def _moved(self) -> Float[Tensor, "sender pair late d_model"]:
+        "How far every sender moves, from what stands in for it."
+        moved = sender_changes(self.pairs, self.graph.senders)[:, :, self.start:].contiguous()
+        return moved if self.ablation == "corrupted" else moved.add_(self._absent[0])
+
+    @cached_property
+    def _absent(self) -> tuple[Float[Tensor, "sender pair pos d_model"], dict[tuple[str, int], Float[Tensor, "pair pos d_model"]]]:
+        "What each sender writes in the corrupted run, minus what stands in for it, zero or its mean over prompts; and the stream of stand-ins and biases alone, by component and layer."
+        import torch
+        wrote, constants = _outputs(self.pairs, self.graph)
+        real = torch.ones_like(self.pairs.clean) if self.pairs.mask is None else self.pairs.mask                  # padding is in no mean
+        share = (real / real.sum(0).clamp(min=1) * (self.ablation == "mean")).to(wrote)
+        stands, rest = torch.einsum("spxw,px->sxw", wrote, share), {}
+        stream = stands[0].clone()
+        for layer, constant in enumerate(constants):
+            of_layer = {kind: [s for s, parts in enumerate(self.graph.senders.values()) if _is_of(parts, layer, kind)] for kind in ("z", "mlp_out")}
+            for component, kind in (("resid_pre", "z"), ("resid_mid", "mlp_out")):
+                rest[component, layer] = stream.expand_as(wrote[0])
+                stream = stream + stands[of_layer[kind]].sum(0) + constant * (kind == "z")
+        return wrote.sub_(stands[:, None]), rest | {("resid_post", layer): stream.expand_as(wrote[0])}
+
+
+# %% ../nbs/11_circuits.ipynb #118a9e1d
+def _outputs(pairs: Pairs, graph: Graph) -> tuple[Float[Tensor, "sender prompt pos d_model"], Float[Tensor, "layer pos d_model"]]:
+    "What each sender adds to the stream in the run that is patched, and the constants that the attention of each layer adds beside its heads."
+    import torch
+    found, constants = {"embed": pairs.base("resid_pre", 0)}, []
+    for layer in range(pairs.replay.n_layers):
+        own, constant = heads_alone(pairs.replay, layer, range(pairs.n))
+        found |= {head_label(layer, head): written for head, written in enumerate(own)}
+        constants.append(constant[0])
+    return torch.stack([found[name] if name in found else pairs.base(parts[0].component, parts[0].layer) for name, parts in graph.senders.items()]), torch.stack(constants)
+
+def _is_of(parts: Sequence[Part], layer: int, component: str) -> bool:
+    "Whether a sender or receiver is of this component of this layer."
+    return bool(parts) and (parts[0].layer, parts[0].component) == (layer, component)
+
 # %% ../nbs/11_circuits.ipynb #31d0af9a
-class Runner:
-    """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model. `memory`: bytes that the circuits of a batch may take,
-    roughly; one circuit on all pairs, and what each sender writes on them once, is the least. `InputError` for a model in which a layer's attention is not the sum of its heads (a norm after it)."""
-    def __init__(self, model: TransformerBridge, task: Task, memory: int = MEMORY):
-        self.graph, self.memory = model_graph(model), memory
+ABLATIONS = ("corrupted", "mean", "zero")
+
+class Runner(_Moves):
+    """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, or bool nodes `[circuit, sender]`, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model, `empty` that without any edge. `ablation`: what an absent edge carries, the sender's output in
+    the "corrupted" run, its "mean" over the corrupted prompts, position by position, or "zero". `memory`: bytes that the circuits of a batch may take, roughly; one circuit on all pairs, and what each sender writes on them once (twice for other ablations than "corrupted"), is the least. `InputError` for a model
+    in which a layer's attention is not the sum of its heads (a norm after it)."""
+    def __init__(self, model: TransformerBridge, task: Task, memory: int = MEMORY, ablation: str = "corrupted"):
+        self.graph, self.memory, self.ablation = model_graph(model), memory, check_choice("ablation", ablation, ABLATIONS)
         self.pairs = graph_pairs(model, self.graph, as_task(model, task), "denoise", memory)
         self.clean, self.corrupted, self.total = self.pairs.on_clean, self.pairs.on_corrupted, int(self.graph.allowed.sum())
         differs = (self.pairs.clean != self.pairs.corrupted).any(0)
-        self.start = int(differs.int().argmax()) if self.pairs.replay.exact else 0                   # before this position both runs are the same
+        self.start = int(differs.int().argmax()) if self.pairs.replay.exact and ablation == "corrupted" else 0                   # before this position both runs are the same
+        self.empty = self.corrupted if ablation == "corrupted" else self(self.graph.allowed[None] & False)[0]
 
-    def __call__(self, masks: Bool[Tensor, "circuit sender receiver"]) -> Float[Tensor, "circuit pair"]:
+    def __call__(self, masks: Bool[Tensor, "circuit sender *receiver"]) -> Float[Tensor, "circuit pair"]:
         import torch
-        if getattr(masks, "ndim", 0) != 3 or masks.shape[1:] != self.graph.allowed.shape or masks[:, ~self.graph.allowed].any(): raise InputError("masks", tuple(getattr(masks, "shape", ())), f"allowed: [circuit, sender, receiver], {tuple(self.graph.allowed.shape)} each, without edges that run backwards")
+        if getattr(masks, "ndim", 0) == 2 and masks.dtype == torch.bool and masks.shape[1] == len(self.graph.senders): masks = self.graph.among(masks)
+        if getattr(masks, "ndim", 0) != 3 or masks.shape[1:] != self.graph.allowed.shape or masks[:, ~self.graph.allowed].any(): raise InputError("masks", tuple(getattr(masks, "shape", ())), f"allowed: [circuit, sender, receiver], {tuple(self.graph.allowed.shape)} each, without edges that run backwards, or bool [circuit, sender]")
         base, streams = self.pairs.base("resid_pre", 0), len(self.graph.senders) + 4 * self.pairs.replay.model.cfg.n_heads + 8
         computed = base[:, self.start:] if head_weights(self.pairs.replay, "q", 0) else base              # without the heads' own weights whole runs are computed
         each = (streams * computed.numel() + 2 * base.numel()) * base.element_size()
@@ -170,22 +262,16 @@ class Runner:
         layer_of = lambda parts: parts[0].layer if parts else self.pairs.replay.n_layers
         layer = min((layer_of(parts) for parts, lacks in zip(self.graph.receivers.values(), (masks != self.graph.allowed).any(0).any(0)) if lacks), default=self.pairs.replay.n_layers)
         below = sum(not parts or parts[0].layer < layer for parts in self.graph.senders.values())                 # senders stand in the order in which they write
-        moved = self._embed if below == 1 else self._moved[:below]
-        return _climb(_State(self.pairs, self.graph, masks, layer, moved, self.start))
-
-    @cached_property
-    def _embed(self) -> Float[Tensor, "one pair late d_model"]:
-        "How far the embedding moves from the corrupted to the clean run."
-        return sender_changes(self.pairs, {"embed": []})[:, :, self.start:].contiguous()
-
-    @cached_property
-    def _moved(self) -> Float[Tensor, "sender pair late d_model"]:
-        "The same for every sender."
-        return sender_changes(self.pairs, self.graph.senders)[:, :, self.start:].contiguous()
+        if self.ablation != "corrupted": return _climb(_Ablated(self.pairs, self.graph, masks, layer, self._moved[:below], 0, None, *self._absent))
+        return _climb(_State(self.pairs, self.graph, masks, layer, self._embed if below == 1 else self._moved[:below], self.start))
 
     def share(self, values: Float[Tensor, "circuit pair"]) -> Float[Tensor, "circuit"]:
-        "Normalised faithfulness (F(C) - F(0)) / (F(M) - F(0)), a ratio of means over pairs; `InputError` where the model does not tell the prompts apart."
-        return compute_patching_effect(values.T, self.clean, self.corrupted).to(values)
+        "Normalised faithfulness (F(C) - F(0)) / (F(M) - F(0)), a ratio of means over pairs; `InputError` where the two cannot be told apart."
+        try: return compute_patching_effect(values.T, self.clean, self.empty).to(values)
+        except InputError:
+            if self.ablation == "corrupted": raise
+        raise InputError("task", f"{self.clean.mean():.3g} with all edges and {self.empty.mean():.3g} with none ({self.ablation} ablation)", "nothing can be normalised by a difference that may be 0: take more pairs, or a metric that differs more")
+
 
 # %% ../nbs/11_circuits.ipynb #6cc8dcb0
 @dataclass(eq=False)
@@ -227,11 +313,28 @@ class _State:
         self.sent[:, senders] = moved.unflatten(0, (len(self.masks), -1)).movedim(3, 1)
         self.moved += senders
 
-# %% ../nbs/11_circuits.ipynb #9b85779e
-def _is_of(parts: Sequence[Part], layer: int, component: str) -> bool:
-    "Whether a sender or receiver is of this component of this layer."
-    return bool(parts) and (parts[0].layer, parts[0].component) == (layer, component)
+# %% ../nbs/11_circuits.ipynb #03892aa2
+@dataclass(eq=False)
+class _Ablated(_State):
+    "The same where absent edges carry stand-ins, from which distances are taken: `apart`, what each sender writes in the corrupted run minus its stand-in; `rest`, the stream of stand-ins alone. Nobody is at rest: who reads nothing but stand-ins moves too."
+    apart: Float[Tensor, "sender pair pos d_model"] = None
+    rest: Mapping[tuple[str, int], Float[Tensor, "pair pos d_model"]] = None
 
+    def base(self, component: str, layer: int) -> Float[Tensor, "pair pos ..."]:
+        "An activation of the corrupted run, but the stream of the stand-ins."
+        return self.rest[component, layer] if (component, layer) in self.rest else super().base(component, layer)
+
+    def read(self, layer: int, component: str) -> list[str]:
+        "All receivers of a component of one layer."
+        return [name for name, parts in self.graph.receivers.items() if _is_of(parts, layer, component)]
+
+    def send(self, senders: Sequence[int], moved: Float[Tensor, "row pos sender d_model"]) -> None:
+        "Note how far senders have moved."
+        super().send(senders, moved)
+        self.sent[:, senders] += self.apart[senders]
+
+
+# %% ../nbs/11_circuits.ipynb #9b85779e
 def _used(state: _State, layer: int, component: str) -> list[int]:
     "The senders of a component of one layer at which an edge of some circuit starts."
     used = state.masks.any(0).any(1)
@@ -380,15 +483,15 @@ def _through_node(pairs: Pairs, parts: Sequence[Part], own: Mapping[tuple[str, i
     return torch.cat([of_all(part) for part in "qkv"])
 
 # %% ../nbs/11_circuits.ipynb #7cd2e567
-def _check_edge_scores(scores: Scan) -> None:
-    "An `InputError` for anything but scores of edges."
+def _check_scores(scores: Scan, *levels: str) -> None:
+    "An `InputError` for anything but scores of edges or nodes, whichever are asked for."
     was = list(scores.axes) if isinstance(scores, Scan) else type(scores).__name__
-    if was != ["sender", "receiver"]: raise InputError("scores", was, "scores of edges are needed: edge_attribution(..., level='edge')")
+    if was not in [["sender", "receiver"] if level == "edge" else ["sender"] for level in levels]: raise InputError("scores", was, f"scores of {' or '.join(f'{level}s' for level in levels)} are needed: edge_attribution(..., level={' or '.join(map(repr, levels))})")
 
 def edge_auroc(scores: Scan, edges: Sequence[tuple[str, str]]) -> float:
     "The probability that a true edge has a larger score, in size, than another one; ties count half (the area under the ROC curve)."
     import numpy as np
-    _check_edge_scores(scores)
+    _check_scores(scores, "edge")
     senders, receivers = scores.axes["sender"], scores.axes["receiver"]
     size = scores.effects.abs().double().cpu().numpy()
     true = np.zeros(size.shape, dtype=bool)
@@ -402,22 +505,39 @@ FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 def top_edges(scores: Scan, n: int) -> list[tuple[str, str]]:
     "The `n` edges with the largest scores in size, largest first."
-    _check_edge_scores(scores)
+    _check_scores(scores, "edge")
     size = scores.effects.abs().nan_to_num(-1).flatten()
     check_range("n", n, 0, int((size >= 0).sum()) + 1)
     columns = len(scores.axes["receiver"])
     return [(scores.axes["sender"][i // columns], scores.axes["receiver"][i % columns]) for i in size.argsort(descending=True, stable=True)[:n].tolist()]
 
-def faithfulness_curve(model: TransformerBridge, task: str | Task, scores: Scan, fractions: Sequence[float] = FRACTIONS, memory: int = MEMORY) -> pd.DataFrame:
-    "Normalised faithfulness, with a 95% interval over pairs, of the circuits of the best edges that make up these fractions of all edges."
+def top_nodes(scores: Scan, n: int) -> list[str]:
+    "The `n` heads and MLPs with the largest scores in size, largest first; the embedding, always in a circuit, is none."
+    _check_scores(scores, "node")
+    size = scores.effects.abs()[1:]
+    check_range("n", n, 0, len(size) + 1)
+    return [scores.axes["sender"][1 + i] for i in size.argsort(descending=True, stable=True)[:n].tolist()]
+
+def _ranked(graph: Graph, scores: Scan) -> tuple[int, Callable[[int], Tensor]]:
+    "How many edges or nodes are scored, and a function that gives so many of the best as a mask of edges or of nodes."
+    _check_scores(scores, "edge", "node")
+    if len(scores.axes) == 2: return int(graph.allowed.sum()), lambda n: graph.mask(top_edges(scores, n))
+    return len(graph.senders) - 1, lambda n: graph.nodes(top_nodes(scores, n))
+
+
+# %% ../nbs/11_circuits.ipynb #0a426079
+def faithfulness_curve(model: TransformerBridge, task: str | Task, scores: Scan, fractions: Sequence[float] = FRACTIONS, memory: int = MEMORY, ablation: str = "corrupted") -> pd.DataFrame:
+    "Normalised faithfulness, with a 95% interval over pairs, of the circuits of the best edges that make up these fractions of all edges, or, for scores of nodes, of the best nodes; absent edges carry what `ablation` says (see `Runner`)."
     import pandas as pd, torch
     listed = list(fractions) if hasattr(fractions, "__iter__") else []
     if not listed or not all(isinstance(fraction, Real) and 0 <= fraction <= 1 for fraction in listed): raise InputError("fractions", fractions, "allowed: a list of at least one number, 0 to 1")
-    runner = Runner(model, task, memory)
-    counts = [round(fraction * runner.total) for fraction in listed]
-    values = runner(torch.stack([runner.graph.mask(top_edges(scores, count)) for count in counts]))
-    low, high = map_intervals((values - runner.corrupted).double().cpu().numpy().T, (runner.clean - runner.corrupted).double().cpu().numpy())
-    return pd.DataFrame({"fraction": listed, "edges": counts, "faithfulness": runner.share(values).tolist(), "ci_low": low, "ci_high": high, "n": runner.pairs.n})
+    _check_scores(scores, "edge", "node")
+    runner = Runner(model, task, memory, ablation)
+    total, best = _ranked(runner.graph, scores)
+    counts = [round(fraction * total) for fraction in listed]
+    values = runner(torch.stack(list(map(best, counts))))
+    low, high = map_intervals((values - runner.empty).double().cpu().numpy().T, (runner.clean - runner.empty).double().cpu().numpy())
+    return pd.DataFrame({"fraction": listed, "edges" if len(scores.axes) == 2 else "nodes": counts, "faithfulness": runner.share(values).tolist(), "ci_low": low, "ci_high": high, "n": runner.pairs.n})
 
 def curve_areas(curve: pd.DataFrame) -> dict[str, float]:
     "CPR and CMD (Mueller et al. 2025) by the trapezoid rule, over the fraction of edges and over its logarithm, each divided by the length of its axis."
@@ -431,79 +551,104 @@ def curve_areas(curve: pd.DataFrame) -> dict[str, float]:
 # %% ../nbs/11_circuits.ipynb #943eead5
 @dataclass(frozen=True, repr=False)
 class Evaluation:
-    """What a circuit of `n_edges` of `total` edges does. `faithfulness` with its interval over `n` pairs; `incompleteness`, the largest over subsets K; `minimality`, for each edge; `random` and `matched`, the faithfulness of random
-    circuits of its size that hang together, and of those with as many edges of each kind; `p`, the share of either that does at least as well, whichever is larger (+1 corrected); `areas`, CPR and CMD of the scores, if given.
-    All normalised: shares of the difference between clean and corrupted."""
+    """What a circuit of `n_edges` of `total` edges does; `level` says whether it was given by edges or nodes. `faithfulness`, the share of the task that it does alone, with its interval over `n` pairs; `necessity`, the share that is lost when its edges (its nodes) are ablated and all others stay, with its own; `incompleteness`, the
+    largest over subsets K; `minimality`, for each edge (node); `random` and `matched`, the faithfulness of random circuits of its size that hang together, and of those with as many edges (nodes) of each kind, `random_necessity` and `matched_necessity` what is lost without these; `p` and `p_necessity`, the share of either that does at least as
+    well, whichever is larger (+1 corrected); `areas`, CPR and CMD of the scores, if given. All normalised: shares of the difference between the model with all edges and with none, where absent edges carry what `ablation` says."""
     n_edges: int
     total: int
     n: int
     faithfulness: float
     ci_low: float
     ci_high: float
+    necessity: float
+    necessity_low: float
+    necessity_high: float
     incompleteness: float
-    minimality: dict[tuple[str, str], float]
+    minimality: dict[tuple[str, str] | str, float]
     random: list[float]
     matched: list[float]
     p: float
+    random_necessity: list[float]
+    matched_necessity: list[float]
+    p_necessity: float
     areas: dict[str, float] | None = None
+    level: str = "edge"
+    ablation: str = "corrupted"
 
     def __repr__(self) -> str:
-        return (f"{self.n_edges} of {self.total} edges: faithfulness {self.faithfulness:.2f} [{self.ci_low:.2f}, {self.ci_high:.2f}; n = {self.n}], incompleteness {self.incompleteness:.2f}, "
-                f"least minimality {min(self.minimality.values()):.2f}; best of {len(self.random)} random circuits {max(self.random):.2f}, of as many with edges of the same kinds {max(self.matched):.2f}, p = {self.p:.3f}")
+        nodes, ablated = f"{(k := len(self.minimality))} node{'s' * (k > 1)}, " if self.level == "node" else "", "" if self.ablation == "corrupted" else f" ({self.ablation} ablation)"
+        return (f"{nodes}{self.n_edges} of {self.total} edges{ablated}: faithfulness {self.faithfulness:.2f} [{self.ci_low:.2f}, {self.ci_high:.2f}; n = {self.n}], necessity {self.necessity:.2f} [{self.necessity_low:.2f}, {self.necessity_high:.2f}], "
+                f"incompleteness {self.incompleteness:.2f}, least minimality {min(self.minimality.values()):.2f}; best of {len(self.random)} random circuits {max(self.random):.2f}, of as many with {self.level}s of the same kinds {max(self.matched):.2f}, p = {self.p:.3f}; "
+                f"most lost without such a one {max(self.random_necessity):.2f} and {max(self.matched_necessity):.2f}, p = {self.p_necessity:.3f}")
 
-def evaluate_circuit(model: TransformerBridge, task: str | Task, edges: Edges, *, scores: Scan | None = None, n_subsets: int = 20, n_random: int = 100, greedy: int = 3, seed: int = 0, memory: int = MEMORY) -> Evaluation:
-    """Faithfulness, completeness, minimality and two random-circuit nulls of a circuit (Wang et al. 2023; Shi et al. 2024), and CPR and CMD of the `scores` that chose it (Mueller et al. 2025); `n_subsets` random halves and a subset grown
-    greedily by `greedy` edges; time grows with `n_random` and with edges times `n_subsets`. `InputError` where the model does not tell clean from corrupted prompts."""
+
+# %% ../nbs/11_circuits.ipynb #dbc0af7d
+def evaluate_circuit(model: TransformerBridge, task: str | Task, edges: Edges, *, scores: Scan | None = None, n_subsets: int = 20, n_random: int = 100, greedy: int = 3, seed: int = 0, memory: int = MEMORY, ablation: str = "corrupted") -> Evaluation:
+    """Faithfulness, necessity, completeness, minimality and two random-circuit nulls of a circuit of `edges`, or of nodes given by name (Wang et al. 2023; Shi et al. 2024), and CPR and CMD of the `scores` that chose it (Mueller et al. 2025); `n_subsets` random halves and a subset grown greedily by `greedy` edges; time grows with
+    `n_random` and with edges times `n_subsets`. `ablation`: what absent edges carry, as for `Runner`. The nulls of a circuit of nodes are random nodes. `InputError` where the model does not tell clean from corrupted prompts."""
     import torch
     check_range("n_subsets", n_subsets, 0, 10_000), check_range("n_random", n_random, 1, 1_000_000), check_range("greedy", greedy, 0, 1000)
-    if scores is not None: _check_edge_scores(scores)
-    runner, task = Runner(model, task, memory), as_task(model, task)
-    mask, draw = runner.graph.mask(edges), generator("circuit", seed)
-    if not mask.any(): raise InputError("edges", "no edges", "a circuit needs at least one")
-    values = runner(mask[None])
-    share = runner.share(values).item()
-    low, high = map_intervals((values - runner.corrupted).cpu().double().numpy().T, (runner.clean - runner.corrupted).cpu().double().numpy())
+    if scores is not None: _check_scores(scores, "edge", "node")
+    runner, task, level = Runner(model, task, memory, ablation), as_task(model, task), "node" if names_nodes(edges) else "edge"
+    mask, draw = runner.graph.nodes(edges) if level == "node" else runner.graph.mask(edges), generator("circuit", seed)
+    if not mask.any(): raise InputError("edges", "no edges", "a circuit needs at least one, or a node")
+    values = runner(torch.stack([mask, _whole(runner.graph, mask) & ~mask]))
+    share, left = runner.share(values).tolist()
+    low, high = map_intervals((values - runner.empty).cpu().double().numpy().T, (runner.clean - runner.empty).cpu().double().numpy())
     halves = mask & (torch.rand(n_subsets, *mask.shape, generator=draw) < 0.5)
-    nulls = [runner.share(runner(torch.stack([null(runner.graph, mask, draw) for _ in range(n_random)]))) for null in (random_circuit, matched_circuit)]
-    p = max((1 + int((null >= share - 1e-6).sum())) / (1 + n_random) for null in nulls)
-    areas = None if scores is None else curve_areas(faithfulness_curve(model, task, scores, memory=memory))
-    return Evaluation(int(mask.sum()), runner.total, runner.pairs.n, share, float(low[0]), float(high[0]), _incompleteness(runner, mask, halves, greedy), _minimality(runner, mask, halves), *(null.tolist() for null in nulls), p, areas)
+    alone, lost = zip(*(alone_and_without(runner, torch.stack([null(runner.graph, mask, draw) for _ in range(n_random)])) for null in (random_circuit, matched_circuit)))
+    p, p_necessity = (max((1 + int((other >= own - 1e-6).sum())) / (1 + n_random) for other in others) for own, others in ((share, alone), (1 - left, lost)))
+    areas = None if scores is None else curve_areas(faithfulness_curve(model, task, scores, memory=memory, ablation=ablation))
+    return Evaluation(int((runner.graph.among(mask) if level == "node" else mask).sum()), runner.total, runner.pairs.n, share, float(low[0]), float(high[0]), 1 - left, 1 - float(high[1]), 1 - float(low[1]), _incompleteness(runner, mask, halves, greedy), _minimality(runner, mask, halves),
+                      *(null.tolist() for null in alone), p, *(null.tolist() for null in lost), p_necessity, areas, level, ablation)
+
+def alone_and_without(runner: Runner, circuits: Bool[Tensor, "circuit sender *receiver"]) -> tuple[Float[Tensor, "circuit"], Float[Tensor, "circuit"]]:
+    "For circuits of edges, or of nodes, as masks: the share that each does alone, its faithfulness, and the share that is lost without it, its necessity."
+    return runner.share(runner(circuits)), 1 - runner.share(runner(_whole(runner.graph, circuits[0]) & ~circuits))
+
+def _whole(graph: Graph, like: Bool[Tensor, "sender *receiver"]) -> Bool[Tensor, "sender *receiver"]:
+    "All edges, or all nodes, as a mask."
+    return graph.allowed if like.ndim == 2 else graph.nodes(list(graph.senders))
 
 # %% ../nbs/11_circuits.ipynb #188e9431
-def _incompleteness(runner: Runner, mask: Bool[Tensor, "sender receiver"], halves: Bool[Tensor, "subset sender receiver"], greedy: int) -> float:
-    "The largest difference between circuit and model when both lose the same edges of the circuit."
+def _incompleteness(runner: Runner, mask: Bool[Tensor, "sender *receiver"], halves: Bool[Tensor, "subset sender *receiver"], greedy: int) -> float:
+    "The largest difference between circuit and model when both lose the same edges, or nodes, of the circuit."
     import torch
-    def differences(removed: Bool[Tensor, "subset sender receiver"]) -> Float[Tensor, "subset"]:
+    whole = _whole(runner.graph, mask)
+    def differences(removed: Bool[Tensor, "subset sender *receiver"]) -> Float[Tensor, "subset"]:
         "For each subset."
-        return (runner.share(runner(mask & ~removed)) - runner.share(runner(runner.graph.allowed & ~removed))).abs()
+        return (runner.share(runner(mask & ~removed)) - runner.share(runner(whole & ~removed))).abs()
     worst, removed = [differences(torch.cat([halves, (mask & False)[None], mask[None]])).max().item()], mask & False
     for _ in range(min(greedy, int(mask.sum()))):
         choices = (mask & ~removed).nonzero().tolist()
-        tried = removed.repeat(len(choices), 1, 1)
-        for i, (s, r) in enumerate(choices): tried[i, s, r] = True
+        tried = torch.stack([removed] * len(choices))
+        for i, place in enumerate(choices): tried[(i, *place)] = True
         found = differences(tried)
         worst.append(found.max().item())
         removed = tried[found.argmax()]
     return max(worst)
 
-def _minimality(runner: Runner, mask: Bool[Tensor, "sender receiver"], halves: Bool[Tensor, "subset sender receiver"]) -> dict[tuple[str, str], float]:
-    "For each edge the largest change by its removal, from the circuit and from what subsets leave of it."
+def _minimality(runner: Runner, mask: Bool[Tensor, "sender *receiver"], halves: Bool[Tensor, "subset sender *receiver"]) -> dict[tuple[str, str] | str, float]:
+    "For each edge, or node, the largest change by its removal, from the circuit and from what subsets leave of it."
     import torch
     found = {}
-    for edge, (s, r) in zip(runner.graph.edges(mask), mask.nonzero().tolist()):
+    for name, place in zip(runner.graph.names(mask), mask.nonzero().tolist()):
         before = torch.cat([mask[None], mask & ~halves])
-        before[:, s, r] = True
+        before[(slice(None), *place)] = True
         after = before.clone()
-        after[:, s, r] = False
+        after[(slice(None), *place)] = False
         change = runner.share(runner(torch.cat([before, after])))
-        found[edge] = (change[:len(before)] - change[len(before):]).abs().max().item()
+        found[name] = (change[:len(before)] - change[len(before):]).abs().max().item()
     return found
 
 # %% ../nbs/11_circuits.ipynb #bf3e2b45
-def random_circuit(graph: Graph, like: Bool[Tensor, "sender receiver"], generator: torch.Generator) -> Bool[Tensor, "sender receiver"]:
-    "As many edges as in `like`, drawn one by one from those that end in the logits or in a node from which a drawn edge starts: a random circuit that hangs together."
+def random_circuit(graph: Graph, like: Bool[Tensor, "sender *receiver"], generator: torch.Generator) -> Bool[Tensor, "sender *receiver"]:
+    "As many edges as in `like`, drawn one by one from those that end in the logits or in a node from which a drawn edge starts: a random circuit that hangs together. Of nodes as many, any: each hangs between the embedding and the logits."
     import torch
-    mask, reached = torch.zeros_like(graph.allowed), torch.tensor([name == "logits" for name in graph.receivers])
+    mask, reached = torch.zeros_like(like), torch.tensor([name == "logits" for name in graph.receivers])
+    if like.ndim == 1:
+        mask[1 + torch.randperm(len(like) - 1, generator=generator)[:int(like.sum())]] = True
+        return mask
     for _ in range(int(like.sum())):
         open_edges = (graph.allowed & reached & ~mask).nonzero()
         s, r = open_edges[int(torch.randint(len(open_edges), (1,), generator=generator))].tolist()
@@ -511,40 +656,47 @@ def random_circuit(graph: Graph, like: Bool[Tensor, "sender receiver"], generato
         reached |= graph.inputs[s]
     return mask
 
-def matched_circuit(graph: Graph, like: Bool[Tensor, "sender receiver"], generator: torch.Generator) -> Bool[Tensor, "sender receiver"]:
-    "A random circuit with as many edges of each kind as `like`: from what the same layer's heads, MLP or the embedding write, into the same layer's queries, keys, values or MLP, or the logits."
+def matched_circuit(graph: Graph, like: Bool[Tensor, "sender *receiver"], generator: torch.Generator) -> Bool[Tensor, "sender *receiver"]:
+    "A random circuit with as many edges of each kind as `like`: from what the same layer's heads, MLP or the embedding write, into the same layer's queries, keys, values or MLP, or the logits. Of nodes with as many heads and MLPs of each layer."
     import torch
     kind_of = lambda parts: (parts[0].layer, parts[0].component) if parts else None
-    kinds: dict[tuple, list[tuple[int, int]]] = {}
-    for s, r in graph.allowed.nonzero().tolist(): kinds.setdefault((kind_of(list(graph.senders.values())[s]), kind_of(list(graph.receivers.values())[r])), []).append((s, r))
-    mask = torch.zeros_like(graph.allowed)
-    for edges in kinds.values():
-        n = sum(bool(like[edge]) for edge in edges)
-        for i in torch.randperm(len(edges), generator=generator)[:n].tolist(): mask[edges[i]] = True
+    ends, kinds = (list(map(kind_of, graph.senders.values())), list(map(kind_of, graph.receivers.values()))), {}
+    for place in map(tuple, _whole(graph, like).nonzero().tolist()): kinds.setdefault(tuple(end[i] for end, i in zip(ends, place)), []).append(place)
+    mask = torch.zeros_like(like)
+    for places in kinds.values():
+        n = sum(bool(like[place]) for place in places)
+        for i in torch.randperm(len(places), generator=generator)[:n].tolist(): mask[places[i]] = True
     return mask
 
+
 # %% ../nbs/11_circuits.ipynb #62c39427
-def acdc(model: TransformerBridge, task: str | Task, threshold: float = 0.01, *, ahead: int = 16, memory: int = MEMORY) -> list[tuple[str, str]]:
+def acdc(model: TransformerBridge, task: str | Task, threshold: float = 0.01, *, level: str = "edge", ahead: int = 16, memory: int = MEMORY) -> list[tuple[str, str]] | list[str]:
     """The edges left when, from the logits down, each edge is dropped whose removal adds less than `threshold` to the circuit's distance from the model (Conmy et al. 2023): the mean over pairs of |F(C) - F(M)|, as a share of the
-    difference between clean and corrupted. `ahead`: how many removals are tried in one batch; the result does not depend on it."""
-    import torch
-    check_number("threshold", threshold, above=0)
+    difference between clean and corrupted. `level` "node": the heads and MLPs left when nodes are dropped likewise. `ahead`: how many removals are tried in one batch; the result does not depend on it."""
+    check_number("threshold", threshold, above=0), check_choice("level", level, ["edge", "node"])
     check_range("ahead", ahead, 1, 100_000)
     runner = Runner(model, task, memory)
-    graph, current = runner.graph, runner.graph.allowed.clone()
+    graph = runner.graph
     runner.share(runner.clean[None])                                                            # refuses prompts that the model does not tell apart
-    gap = abs((runner.clean - runner.corrupted).mean().item())
+    if level == "node": return graph.names(_thinned(runner, graph.nodes(list(graph.senders)), [(s,) for s in reversed(range(1, len(graph.senders)))], threshold, ahead))
+    current = graph.allowed.clone()
     for r in reversed(range(len(graph.receivers))):
         if not _is_used(graph, current, r): current[:, r] = False; continue
-        waiting = [s for s in reversed(range(len(graph.senders))) if current[s, r]]
-        while waiting:
-            tried = torch.stack([current] * (1 + len(some := waiting[:ahead])))
-            for i, s in enumerate(some): tried[i + 1:, s, r] = False
-            added = (runner(tried) - runner.clean).abs().mean(1).diff() / gap
-            stop = next((i for i, more in enumerate(added.tolist()) if more >= threshold), len(some))
-            current[some[:stop], r] = False
-            waiting = waiting[stop + (stop < len(some)):]
+        current = _thinned(runner, current, [(s, r) for s in reversed(range(len(graph.senders))) if current[s, r]], threshold, ahead)
     return graph.edges(current)
+
+def _thinned(runner: Runner, current: Bool[Tensor, "sender *receiver"], waiting: list[tuple[int, ...]], threshold: float, ahead: int) -> Bool[Tensor, "sender *receiver"]:
+    "What is left of a circuit when those of the waiting edges, or nodes, are dropped that add less than the threshold, one after another."
+    import torch
+    current, gap = current.clone(), abs((runner.clean - runner.corrupted).mean().item())
+    while waiting:
+        tried = torch.stack([current] * (1 + len(some := waiting[:ahead])))
+        for i, place in enumerate(some): tried[(slice(i + 1, None), *place)] = False
+        added = (runner(tried) - runner.clean).abs().mean(1).diff() / gap
+        stop = next((i for i, more in enumerate(added.tolist()) if more >= threshold), len(some))
+        for place in some[:stop]: current[place] = False
+        waiting = waiting[stop + (stop < len(some)):]
+    return current
 
 def _is_used(graph: Graph, mask: Bool[Tensor, "sender receiver"], r: int) -> bool:
     "Whether a receiver is the logits, or an input of a node from which an edge starts."
@@ -569,34 +721,39 @@ def halves(task: Task) -> tuple[Task, Task]:
 # %% ../nbs/11_circuits.ipynb #e8d060b3
 METHODS = ("path_patching", "exact", "eap", "eap-ig", "acdc")
 
-def find_circuit(model: TransformerBridge, task: str | Task = "induction", method: str = "eap-ig", *, faithfulness: float = 0.9, threshold: float = 0.01, memory: int = MEMORY) -> pd.DataFrame:
+def find_circuit(model: TransformerBridge, task: str | Task = "induction", method: str = "eap-ig", *, level: str = "edge", faithfulness: float = 0.9, threshold: float = 0.01, memory: int = MEMORY) -> pd.DataFrame:
     """A circuit for a task, by name or a `Task` of one's own. "exact", "eap" and "eap-ig": the best edges by score, as many as reach `faithfulness` (counts go in steps of about a tenth); "acdc" and "path_patching": what they keep at
-    `threshold`. `task.metric` may be a function of logits. Edges are chosen on every other pair; the column `share` is the exact effect of corrupting each edge of the whole model, as a share of the difference between the runs, on the rest."""
+    `threshold`. `level` "node": heads and MLPs, in a column `sender` alone; of path patching those from which an edge starts. `task.metric` may be a function of logits. What is chosen is chosen on every other pair; the column `share` is the exact effect of corrupting each edge (each node) of the whole model, as a share of the
+    difference between the runs, on the rest."""
     import pandas as pd
-    check_model(model), check_choice("method", method, METHODS), check_number("faithfulness", faithfulness, above=0, most=1), check_number("threshold", threshold, above=0)
+    check_model(model), check_choice("method", method, METHODS), check_choice("level", level, ["edge", "node"]), check_number("faithfulness", faithfulness, above=0, most=1), check_number("threshold", threshold, above=0)
     task = as_task(model, task)
     if not hasattr(task.metric, "of_prompts"): task = replace(task, metric=run_pairs(model, task.clean, task.corrupted, [], task.metric, "denoise", memory).metric)          # a function of all logits, as a Metric
     choose, measure = halves(task)
     for half in (measure, choose):
         runner = Runner(model, half, memory)
         runner.share(runner.clean[None])                                                        # refuses prompts that the model does not tell apart
-    if method == "acdc": edges = acdc(model, choose, threshold, memory=memory)
+    if method == "acdc": found = acdc(model, choose, threshold, level=level, memory=memory)
     elif method == "path_patching":
         if len(choose.clean) < 4: raise InputError("task", f"{len(choose.clean) + len(measure.clean)} pairs", "path_patching needs at least 8")
-        edges = [(s, runner.graph.aliases.get(r, r)) for s, r in edge_names(find_by_paths(model, choose, threshold=threshold, memory=memory))]
-    else: edges = until_faithful(runner, edge_attribution(model, choose.clean, choose.corrupted, method=method, metric=choose.metric, memory=memory), faithfulness)
-    exact = edge_attribution(model, measure.clean, measure.corrupted, method="exact", metric=measure.metric, memory=memory).to_frame().set_index(["sender", "receiver"])
-    rows = [{"sender": s, "receiver": r, "share": 1 - row.normalized, "ci_low": 1 - row.normalized_high, "ci_high": 1 - row.normalized_low, "n": int(row.n)} for s, r in dict.fromkeys(edges) for row in [exact.loc[(s, r)]]]
-    return pd.DataFrame(rows, columns=["sender", "receiver", "share", "ci_low", "ci_high", "n"])
+        edges = edge_names(find_by_paths(model, choose, threshold=threshold, memory=memory))
+        found = [(s, runner.graph.aliases.get(r, r)) for s, r in edges] if level == "edge" else [s for s, _ in edges if s != "embed"]
+    else: found = until_faithful(runner, edge_attribution(model, choose.clean, choose.corrupted, method=method, metric=choose.metric, level=level, memory=memory), faithfulness)
+    ends = ["sender", "receiver"] if level == "edge" else ["sender"]
+    exact = edge_attribution(model, measure.clean, measure.corrupted, method="exact", metric=measure.metric, level=level, memory=memory).to_frame().set_index(ends)
+    rows = [(*(place if level == "edge" else [place]), 1 - row.normalized, 1 - row.normalized_high, 1 - row.normalized_low, int(row.n)) for place in dict.fromkeys(found) for row in [exact.loc[place]]]
+    return pd.DataFrame(rows, columns=[*ends, "share", "ci_low", "ci_high", "n"])
 
-def until_faithful(runner: Runner, scores: Scan, wanted: float = 0.9) -> list[tuple[str, str]]:
-    "The edges with the best scores, as few as reach the wanted faithfulness on the runner's pairs; numbers of edges are tried in steps of about a tenth."
+def until_faithful(runner: Runner, scores: Scan, wanted: float = 0.9) -> list[tuple[str, str]] | list[str]:
+    "The edges with the best scores, or the nodes if nodes were scored, as few as reach the wanted faithfulness on the runner's pairs; numbers of them are tried in steps of about a tenth."
     import torch
     check_number("faithfulness", wanted, above=0, most=1)
-    counts = [1]
-    while counts[-1] < runner.total: counts.append(min(runner.total, counts[-1] + max(1, counts[-1] // 10)))
-    shares = runner.share(runner(torch.stack([runner.graph.mask(top_edges(scores, count)) for count in counts])))
-    return top_edges(scores, next((count for count, share in zip(counts, shares.tolist()) if share >= wanted - 1e-6), runner.total))
+    (total, best), counts = _ranked(runner.graph, scores), [1]
+    while counts[-1] < total: counts.append(min(total, counts[-1] + max(1, counts[-1] // 10)))
+    shares = runner.share(runner(torch.stack(list(map(best, counts)))))
+    enough = next((count for count, share in zip(counts, shares.tolist()) if share >= wanted - 1e-6), total)
+    return (top_edges if len(scores.axes) == 2 else top_nodes)(scores, enough)
+
 
 # %% ../nbs/11_circuits.ipynb #4194ed40
 @dataclass(eq=False)
@@ -622,11 +779,6 @@ class _Scrubbed(_State):
         "All receivers of a component of one layer: over every edge comes some other prompt's message."
         return [name for name, parts in self.graph.receivers.items() if _is_of(parts, layer, component)]
 
-def _outputs(pairs: Pairs, graph: Graph) -> dict[str, Float[Tensor, "prompt pos d_model"]]:
-    "What each sender adds to the stream in the plain run, up to a constant."
-    found = {"embed": pairs.base("resid_pre", 0)}
-    for layer in range(pairs.replay.n_layers): found |= {head_label(layer, head): own for head, own in enumerate(heads_alone(pairs.replay, layer, range(pairs.n))[0])}
-    return found | {name: pairs.base(parts[0].component, parts[0].layer) for name, parts in graph.senders.items() if name not in found}
 
 # %% ../nbs/11_circuits.ipynb #874b513b
 def _donors(labels: Mapping[tuple[str, str], Sequence], graph: Graph, n: int, draw: torch.Generator) -> Tensor:
@@ -674,7 +826,7 @@ def causal_scrub(model: TransformerBridge, task: str | Task, hypothesis: Mapping
 def _labels(hypothesis: Mapping[tuple[str, str], Sequence], graph: Graph, n: int) -> dict[tuple[str, str], list]:
     "The labels of each edge as a list of things that can be compared; `InputError` for edges or labels that do not fit."
     if not isinstance(hypothesis, Mapping) or not hypothesis: raise InputError("hypothesis", type(hypothesis).__name__, "allowed: a mapping from (sender, receiver) to labels, not empty")
-    try: graph.mask(list(hypothesis))
+    try: graph.mask(edge_names(list(hypothesis)))
     except InputError as error: raise InputError("hypothesis", list(hypothesis), f"its keys must be edges of the model; {error}") from None
     if n < 2: raise InputError("task", f"{n} prompt", "at least 2: they are exchanged")
     found = {}
@@ -690,7 +842,7 @@ def _scrubber(model: TransformerBridge, task: Task, memory: int) -> tuple[Callab
     import torch
     graph = model_graph(model)
     pairs = graph_pairs(model, graph, task, "noise", memory)
-    plain = _outputs(pairs, graph)
+    plain = dict(zip(graph.senders, _outputs(pairs, graph)[0]))
     def scrub(donors: Tensor, named: Tensor) -> Float[Tensor, "prompt"]:
         "One scrubbed run."
         return _climb(_Scrubbed(pairs, graph, graph.allowed[None], 0, plain["embed"][None][:0], plain=plain, donors=donors, named=named))[0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Callable, Sequence
 from ..activation_patching import Task, copying_task, has_component, logit_diff, patch_scan, path_patching
 from ..attention_analysis import (copy_metrics, copying_by_match_length, extract_attention, find_induction_heads, head_scores,
                                                in_context_score, position_losses)
-from ..circuits import (FRACTIONS as EDGE_FRACTIONS, Runner, curve_areas, draw_circuit, edge_attribution, evaluate_circuit, faithfulness_curve, find_circuit, halves, matched_circuit,
+from ..circuits import (ABLATIONS, FRACTIONS as EDGE_FRACTIONS, Runner, alone_and_without, curve_areas, draw_circuit, edge_attribution, evaluate_circuit, faithfulness_curve, find_circuit, halves, matched_circuit, names_nodes,
                                      until_faithful)
 from ..core import InputError, Result, Stage, check_choice, check_range, generator, load_results, load_table
 from ..data import char_tokenizer, encode, load_text, repeated_random, split, windows
@@ -38,16 +38,17 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PURPOSES', 'MEASURES', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS', 'DIET_SEEDS', 'MATCHES', 'NATURAL_MATCHES',
-           'DIET_COLUMNS', 'STRONG', 'Head', 'EXCHANGES', 'PAIRS', 'LEAST_GAP', 'PATHS', 'SHARES', 'KEPT', 'BACK',
-           'WINDOW', 'PASSAGES', 'STAGES', 'copy_length', 'stimuli', 'unrelated', 'copying', 'best_heads', 'measure',
-           'describe', 'result_frame', 'copying_families', 'copying_stage', 'moment', 'course', 'phase_change',
-           'plateau', 'course_stage', 'diet_recipe', 'diets', 'match_rows', 'match_stage', 'last_weights',
-           'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets', 'reference_means',
-           'ablations', 'outcomes', 'ablation_effects', 'ablation_stage', 'composition_effects', 'composition_row',
-           'edge_effects', 'circuit_figure', 'composition_stage', 'patching_maps', 'patching_paths', 'patching_gap',
-           'telling_subjects', 'patching_stage', 'patching_figure', 'circuit_rows', 'circuits_stage', 'trained_on_text',
-           'reach', 'local_task', 'local_rows', 'context_stage', 'lens_rows', 'lens_stage', 'lens_figure',
-           'heads_stage', 'analysis', 'attention_figure', 'findings']
+           'DIET_COLUMNS', 'STRONG', 'Head', 'EXCHANGES', 'PAIRS', 'LEAST_GAP', 'PATHS', 'SHARES', 'FRESH', 'CHOOSERS',
+           'VARIED', 'KEPT', 'BACK', 'WINDOW', 'PASSAGES', 'STAGES', 'copy_length', 'stimuli', 'unrelated', 'copying',
+           'best_heads', 'measure', 'describe', 'result_frame', 'copying_families', 'copying_stage', 'moment', 'course',
+           'phase_change', 'plateau', 'course_stage', 'diet_recipe', 'diets', 'match_rows', 'match_stage',
+           'last_weights', 'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets',
+           'reference_means', 'ablations', 'outcomes', 'ablation_effects', 'ablation_stage', 'composition_effects',
+           'composition_row', 'edge_effects', 'circuit_figure', 'composition_stage', 'patching_maps', 'patching_paths',
+           'patching_gap', 'telling_subjects', 'patching_stage', 'patching_figure', 'circuit_rows', 'circuits_stage',
+           'varied', 'variation_rows', 'gap_rows', 'circuit_variations_stage', 'trained_on_text', 'reach', 'local_task',
+           'local_rows', 'context_stage', 'lens_rows', 'lens_stage', 'lens_figure', 'heads_stage', 'analysis',
+           'attention_figure', 'findings']
 
 # %% ../../nbs/20_induction_heads.ipynb #40e493cc
 def copy_length(model: TransformerBridge) -> int:
@@ -567,6 +568,67 @@ def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
                for family, of_family in table.groupby("model") if len(of_family) > 1 for name in table.columns.drop(["model", "seed"])}
     return results, {"circuits": table, "circuit_edges": pd.concat(circuits), "circuit_curves": pd.concat(curves)}
 
+# %% ../../nbs/20_induction_heads.ipynb #f97d782c
+FRESH, CHOOSERS = 64, {"eap-ig": ("eap-ig", "noise"), "noise": ("exact", "noise"), "denoise": ("exact", "denoise")}
+VARIED = {"faithfulness": "share of the difference between all edges and none that the circuit does alone", "necessity": "share that is lost when it is ablated and all else stays",
+          "best_matched": "the most that one of 100 random circuits with as many parts of each kind does alone, the circuit itself left out", "best_matched_necessity": "the most that is lost without one of 100 random circuits with as many parts of each kind, the circuit itself left out",
+          "p": "share of the random circuits that do as much alone", "p_necessity": "share of the random circuits without which as much is lost", "kept": "share of the parts that are in the circuit"}
+
+def varied(runner: Runner, circuit: list, draw: torch.Generator, n: int = 100) -> dict[str, float]:
+    "What a circuit of edges or nodes does alone, what is lost without it; and, if `n` matched random circuits are drawn, the best of them by either (NaN where none is another), and the share that do as well (+1 corrected)."
+    import torch
+    graph = runner.graph
+    own = graph.nodes(circuit) if names_nodes(circuit) else graph.mask(circuit)
+    drawn, which = torch.stack([own] + [matched_circuit(graph, own, draw) for _ in range(n)]).unique(dim=0, return_inverse=True)
+    others, found = (drawn != own).flatten(1).any(1), {}
+    for name, end, values in zip(("faithfulness", "necessity"), ("", "_necessity"), alone_and_without(runner, drawn)):
+        mine, random = values[which[0]], values[which[1:]]
+        found[name] = float(mine)
+        if n: found |= {f"best_matched{end}": float(values[others].max()) if others.any() else float("nan"), f"p{end}": (1 + int((random >= mine - 1e-6).sum())) / (1 + n)}
+    return found
+
+def variation_rows(subject: Subject, n: int = PAIRS) -> list[dict]:
+    "Rows (level, scores, ablation, measure, value) of one model: `VARIED` of its circuits on the pairs that did not choose them."
+    model, rows = subject.open(), []
+    choose, fresh = halves(copying_task(model, n))[0], copying_task(model, FRESH, seed=1)
+    choosing, runners = Runner(model, choose), {ablation: Runner(model, fresh, ablation=ablation) for ablation in ABLATIONS}
+    parts = {"edge": choosing.total, "node": len(choosing.graph.senders) - 1}
+    for level, (name, (method, direction)) in itertools.product(("edge", "node"), CHOOSERS.items()):
+        scores = edge_attribution(model, choose.clean, choose.corrupted, method=method, metric=choose.metric, direction=direction, level=level)
+        circuit = until_faithful(choosing, scores)
+        for ablation, runner in runners.items():
+            values = varied(runner, circuit, generator("varied", subject.seed), 100 if name == "eap-ig" else 0) | {"kept": len(circuit) / parts[level]}
+            rows += [{"model": subject.family, "seed": subject.seed, "level": level, "scores": name, "ablation": ablation, "measure": what, "value": value} for what, value in values.items()]
+    return rows
+
+# %% ../../nbs/20_induction_heads.ipynb #c0bd7ba8
+def gap_rows(subject: Subject, n: int = FRESH) -> list[dict]:
+    "Rows (ablation, measure, value) of one model, trained or not: the `gap` between the metric with all edges and with none, in nats, on fresh pairs, and whether it can be told from 0, `told`."
+    model, rows = subject.open(), []
+    for ablation in ABLATIONS:
+        runner = Runner(model, copying_task(model, n, seed=1), ablation=ablation)
+        try: told = float(runner.share(runner.clean[None]))
+        except InputError: told = 0.0
+        rows += [{"model": subject.family, "seed": subject.seed, "ablation": ablation, "measure": what, "value": value} for what, value in (("gap", float((runner.clean - runner.empty).mean())), ("told", told))]
+    return rows
+
+def circuit_variations_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The circuits of every shipped subject that tells the prompts apart, by edges and nodes, three scores and three ablations; and by how much they and their untrained twins differ from all stand-ins."
+    import pandas as pd
+    told = telling_subjects()
+    table = pd.DataFrame([row for subject in told for row in variation_rows(subject)])
+    for name in ("p", "p_necessity"):
+        adjusted = table[table.measure == name].assign(measure=f"{name}_adjusted")
+        table = pd.concat([table, adjusted.assign(value=benjamini_hochberg(adjusted.value.to_numpy())[1])], ignore_index=True)
+    what = VARIED | {f"{name}_adjusted": f"{VARIED[name]}, at a false discovery rate over all circuits" for name in ("p", "p_necessity")}
+    results = {key(family, f"varied_{level}_{scores}_{ablation}_{name}"): seeds_result(values, unit="", how=f"{what[name]}; {level}s by {scores} scores, absent ones: {ablation}; each seed's over {FRESH} fresh pairs")
+               for (family, level, scores, ablation, name), rows in table.groupby(["model", "level", "scores", "ablation", "measure"]) if len(values := rows.value.dropna()) > 1}
+    twins = [twin for twin in untrained_subjects() if any((twin.family, twin.seed) == (f"{subject.family}-untrained", subject.seed) for subject in told)]
+    gaps = pd.DataFrame([row for subject in told + twins for row in gap_rows(subject)])
+    for (family, ablation, name), rows in gaps.groupby(["model", "ablation", "measure"]):
+        if len(rows) > 1: results[key(family, f"varied_{name}_{ablation}")] = seeds_result(rows.value, unit="nats" if name == "gap" else "", how=f"{'metric with all edges minus that with none' if name == 'gap' else 'share of models in which this can be told from 0'}, absent edges: {ablation}; each seed's over {FRESH} fresh pairs")
+    return results, {"circuit_variations": table, "circuit_variation_gaps": gaps}
+
 # %% ../../nbs/20_induction_heads.ipynb #ccbe5b71
 KEPT, BACK, WINDOW, PASSAGES = (1, 2, 4, 8, 16, 32, 64), (2, 4), 32, 512
 
@@ -724,6 +786,7 @@ STAGES = {
     "composition": Stage(composition_stage, {"sequences": 64, "strong": STRONG}, range(5), _OURS, corpus_missing),
     "patching": Stage(patching_stage, {"pairs": PAIRS, "match": 3, "least_gap": LEAST_GAP}, range(5), partial(subject_files, FAMILIES), lambda: None),
     "circuits": Stage(circuits_stage, {"pairs": PAIRS, "least_gap": LEAST_GAP, "shares": list(SHARES), "fractions": list(EDGE_FRACTIONS), "subsets": 5, "random": 100}, range(5), partial(subject_files, FAMILIES), lambda: None),
+    "circuit_variations": Stage(circuit_variations_stage, {"pairs": PAIRS, "fresh": FRESH, "least_gap": LEAST_GAP, "choosers": {name: list(how) for name, how in CHOOSERS.items()}, "ablations": list(ABLATIONS), "random": 100}, range(5), partial(subject_files, FAMILIES), lambda: None),
     "context": Stage(context_stage, {"passages": PASSAGES, "kept": list(KEPT), "back": list(BACK), "window": WINDOW, "pairs": PAIRS, "random": 100}, range(5), _OURS, corpus_missing),
     "lens": Stage(lens_stage, {"sequences": 128}, range(5), _OURS, corpus_missing),
     "course": Stage(course_stage, {"sequences": 48}, range(5), _OURS, lambda: moments_missing(shipped_runs())),
