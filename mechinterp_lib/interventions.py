@@ -364,8 +364,17 @@ _HOOK_LISTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 
 def _bare(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     "A module's tree without wrappers and hooks, sharing every weight; `made` maps the originals' ids to their twins."
-    while getattr(module, "original_component", None) is not None: module = module.original_component
-    if id(module) in made: return made[id(module)]
+    wrappers = []
+    while getattr(module, "original_component", None) is not None:
+        wrappers.append(module)
+        module = module.original_component
+    twin = made.get(id(module))
+    if twin is None: twin = _twin_module(module, made)
+    made.update((id(wrapper), twin) for wrapper in wrappers)                                    # a module that was wrapped twice goes by the inner wrapper too
+    return twin
+
+def _twin_module(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    "A module without hooks and its children's wrappers, its weights shared."
     twin = made[id(module)] = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("forward", None)

@@ -559,3 +559,13 @@ def test_gradients_and_effects_have_to_be_numbers(gpt2):
     assert compute_patching_effect(patched[:, None], patched, unpatched) == compute_patching_effect(patched, patched, unpatched) == 1
     for bad in ((patched[:2], patched, unpatched), (patched, patched, unpatched[:1]), (patched[:, None], patched[:, None], unpatched[:, None]), (patched[:0],) * 3): refuse(lambda: compute_patching_effect(*bad), "pair")
     for bad in (float("nan"), float("inf")): refuse(lambda: compute_patching_effect(patched, patched * bad, unpatched), "clean", "NaN")
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "Qwen3ForCausalLM"])
+def test_a_model_that_was_wrapped_twice_is_replayed(kind):
+    first = build(kind)
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    logits = first(tokens).detach()
+    again = as_bridge(first.original_model)
+    replay = Replay(again, tokens, keep=["z", "q"])
+    assert replay.exact and torch.allclose(replay.logits, logits, atol=1e-5)
