@@ -82,6 +82,7 @@ def _written_on(model: TransformerBridge, ids: Int[Tensor, "row pos"], mask: Int
         ids, mask = torch.cat([ids, _best(model, ids, mask)[:, -1:]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return [model.tokenizer.decode(row) for row in ids[:, begun:]]
 
+# %% ../../nbs/23_addition_circuits.ipynb #10ac7790
 def parse_answer(text: str) -> int | None:
     "The first number in a completion, None where there is none."
     found = re.search(r"-?\d+", text)
@@ -432,6 +433,7 @@ def course_of(subject: Subject) -> pd.DataFrame:
         rows += [{"step": entry["step"], "kind": "digit", "group": place, "right": float(np.mean([found[place] for found in by_carry.values() if place in found]))} for place in PLACES[:3]]
     return _table(subject, pd.DataFrame(rows))
 
+# %% ../../nbs/23_addition_circuits.ipynb #5b6506d1
 def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How often every model is right on the confirmation split, by wording, carries and sum; and of what kind the errors are halfway through training, on the test split."
     import pandas as pd
@@ -535,12 +537,15 @@ def flips_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             for name, value in ((f"{kind}_best_head", head.measures), (f"{kind}_best_head_shuffled", head.shuffled), (f"{kind}_best_head_in_layer_0", head.part.startswith("L0")), (f"{kind}_best_mlp", mlp.measures),
                                 (f"{kind}_best_mlp_is_0", mlp.part == "MLP 0"), (f"{kind}_heads_over_half", (heads.flips >= 0.5).sum()), (f"{kind}_mean_head", heads.flips.mean())):
                 found.setdefault((subject.family, name), []).append(float(value))
+        head = best_part(table[table.kind == "carry"], False).part
+        found.setdefault((subject.family, "carry_head_on_digits"), []).append(float(table[(table.part == head) & (table.kind != "carry")].flips.max()))
     for kind in PAIRS:
         pairs = f"pairs that differ in {kind}"
         what |= {f"{kind}_best_head": (f"share of the {pairs} that one head flips, the best by every other pair, on the rest", "", (0, 1)), f"{kind}_best_head_shuffled": (f"the same head with outputs of another pair, {pairs}", "", (0, 1)),
                  f"{kind}_best_head_in_layer_0": (f"share of seeds whose best head for {pairs} is in layer 0", "", (0, 1)), f"{kind}_best_mlp": (f"share of the {pairs} that one MLP flips, the best by every other pair, on the rest", "", (0, 1)),
                  f"{kind}_best_mlp_is_0": (f"share of seeds whose best MLP for {pairs} is that of layer 0", "", (0, 1)), f"{kind}_heads_over_half": (f"heads that alone flip half of the {pairs} or more", "heads", (0, 8)),
                  f"{kind}_mean_head": (f"share of the {pairs} that a head flips, mean over heads", "", (0, 1))}
+    what["carry_head_on_digits"] = ("the most that the head that flips carry pairs best flips of the pairs that differ in one digit, of any of the four kinds", "", (0, 1))
     return _summed(found, what), {"flips": pd.concat(tables, ignore_index=True).round(4)}
 
 # %% ../../nbs/23_addition_circuits.ipynb #2e6b892c
@@ -557,14 +562,16 @@ def reads_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             attention = attention_to(model, asked)
             looked += [{"model": subject.family, "seed": subject.seed, "place": place, "digits": length, "head": head_label(layer, head), "digit": digit, "attention": attention[layer, head, i], "n": len(asked.rows)}
                        for layer, head, i in np.ndindex(attention.shape) for digit in [DIGITS[i]]]
-            if place != "hundreds" and length == 3:
-                for digit in ("a", "b"): found.setdefault((subject.family, f"{place}_looks_at_{digit}"), []).append(float(attention[..., DIGITS.index(f"{digit}_{place}")].max()))
+            if place == "hundreds": continue
+            for name in ("tens", "units"):
+                both = attention[..., [DIGITS.index(f"{operand}_{name}") for operand in "ab"]].sum(-1)
+                found.setdefault((subject.family, f"{place}_of_{length}_look_at_{name}"), []).append(float(both.max()))
         for kind in PAIRS:
             first, second = known_pairs(model, kind, "test", FLIP_PAIRS // 2)
             shares = read_flips(model, first, second)
             names = {int(at[0]): name for name, at in first.positions.items()}
             read += [{"model": subject.family, "seed": subject.seed, "kind": kind, "layer": layer, "pos": pos, "name": names.get(pos, ""), "flips": shares[layer, pos], "n": len(first.rows)} for layer, pos in np.ndindex(shares.shape)]
-    what = {f"{place}_looks_at_{digit}": (f"the most that a head attends to the {place} of operand {digit} from where the {place} of an answer of three digits are predicted", "", (0, 1)) for place in ("units", "tens") for digit in "ab"}
+    what = {f"{place}_of_{length}_look_at_{name}": (f"the most that a head attends to the {name} of both operands together, where the {place} of an answer of {length} digits are predicted", "", (0, 1)) for place in ("tens", "units") for name in ("tens", "units") for length in (2, 3)}
     return _summed(found, what), {"attention": pd.DataFrame(looked).round(4), "reads": pd.DataFrame(read).round(4)}
 
 # %% ../../nbs/23_addition_circuits.ipynb #23628927
