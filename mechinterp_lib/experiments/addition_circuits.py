@@ -20,7 +20,7 @@ from ..interventions import Edit, Replay, capture, hook_name, norm_gain
 from ..logit_lens import stream_contributions
 from ..models import head_label, load_model
 from ..statistics import benjamini_hochberg, permutation_test, rate_result, wilson_interval
-from ..subjects import ADDITION, Subject, bos_token, kept, key, lasting_from, over_seeds, shipped_subjects, subject_files, untrained_subjects
+from ..subjects import ADDITION, Subject, bos_token, kept, key, lasting_from, over_seeds, shipped_subjects, untrained_subjects
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'CHUNK', 'ERRORS', 'ABLATIONS', 'PAIRS', 'DIGITS', 'STREAMS', 'PROBLEMS',
-           'FLIP_PAIRS', 'LEARNED', 'STAGES', 'problems_of', 'completions', 'parse_answer', 'answer_kind',
+           'FLIP_PAIRS', 'LEARNED', 'DESIGN', 'STAGES', 'problems_of', 'completions', 'parse_answer', 'answer_kind',
            'evaluate_addition', 'summary_of', 'favourite', 'Asked', 'ask', 'parts_of', 'ablated', 'place_asked',
            'partner', 'flip_pairs', 'known_pairs', 'flips', 'attention_to', 'read_flips', 'streams', 'at_place',
            'probe_accuracy', 'carries', 'moved_digits', 'between_means', 'carry_moves', 'spanned', 'subspace_flips',
            'carry_bases', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings',
-           'save_activations', 'digit_leads', 'lead_differences', 'early_name', 'course_of', 'accuracy_stage',
-           'halfway_stage', 'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage', 'carry_stage',
-           'waves_stage', 'analyse']
+           'save_activations', 'digit_leads', 'lead_differences', 'studied', 'early_name', 'course_of',
+           'accuracy_stage', 'halfway_stage', 'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage',
+           'carry_stage', 'waves_stage', 'analyse']
 
 # %% ../../nbs/23_addition_circuits.ipynb #54104173
 EXPERIMENT, TRAINED, FRESH = "addition_circuits", ("question", "sum", "plus", "bare"), "add"
@@ -407,8 +407,14 @@ def lead_differences(leads: Mapping[str, Float[np.ndarray, "problem"]], right: B
     same_side = np.where(table.chosen_on > 0, table.ci_low > 0, table.ci_high < 0)
     return table.assign(confirmed=table.shortlisted & same_side)
 
-# %% ../../nbs/23_addition_circuits.ipynb #ac9308fa
+# %% ../../nbs/23_addition_circuits.ipynb #2ee62065
 PROBLEMS, FLIP_PAIRS, LEARNED = 300, 200, 2000
+
+DESIGN = range(5)                                                                              # the seeds that were looked at while the analysis was designed
+
+def studied(find: Callable[[Sequence[str]], list[Subject]] = shipped_subjects) -> list[Subject]:
+    "The shipped models that add, or what else is found for their families, of the seeds that may be looked at by now."
+    return [subject for subject in find(ADDITION) if subject.seed in DESIGN]
 
 def early_name(subject: Subject) -> str:
     "The name of the model that is kept from halfway through the same training."
@@ -438,7 +444,7 @@ def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How often every model is right on the confirmation split, by wording, carries and sum; and of what kind the errors are halfway through training, on the test split."
     import pandas as pd
     tables, early, courses, results, found = [], [], [], {}, {}
-    for subject in shipped_subjects(ADDITION):
+    for subject in studied():
         courses.append(course := course_of(subject))
         for (kind, group), some in course.groupby(["kind", "group"]): found.setdefault((subject.family, f"learned_{kind}_{group}"), []).append(float(lasting_from(some.step.tolist(), some.right.tolist(), 0.9) or some.step.max()))
         answers = evaluate_addition(subject.open(), problems_of("confirmation"), (*TRAINED, FRESH))
@@ -466,7 +472,7 @@ def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Which parts add more to the right digit where the model from halfway through training is right than where it is wrong."
     import pandas as pd
     tables, found = [], {}
-    for subject in shipped_subjects(ADDITION):
+    for subject in studied():
         model = load_model(early_name(subject), device="cpu")
         for place in ("tens", "units"):
             leads, right = digit_leads(model, ask(model, problems_of("test"), place))
@@ -487,7 +493,7 @@ def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "What every head and MLP of every model is missed for: by place of the answer, kind of ablation and carries."
     import pandas as pd
     rows, found = [], {}
-    for subject in shipped_subjects(ADDITION):
+    for subject in studied():
         model, own = subject.open(), []
         for place in PLACES[:3]:
             asked = ask(model, problems_of("test", PROBLEMS), place)
@@ -527,7 +533,7 @@ def flips_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Which part's output carries a changed digit, or the carry, to the answer, in every model."
     import pandas as pd
     tables, found, what = [], {}, {}
-    for subject in shipped_subjects(ADDITION):
+    for subject in studied():
         model = subject.open()
         table = pd.concat([flip_rows(model, kind) for kind in PAIRS], ignore_index=True)
         tables.append(_table(subject, table))
@@ -553,7 +559,7 @@ def reads_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Where every head looks when a digit is asked for, and at which positions the values of a layer carry a changed digit, or the carry."
     import pandas as pd
     looked, read, found = [], [], {}
-    for subject in shipped_subjects(ADDITION):
+    for subject in studied():
         model = subject.open()
         for place, length in itertools.product(PLACES[:3], (2, 3)):
             some = problems_of("test", PROBLEMS)
@@ -579,8 +585,8 @@ def carry_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Where the carry from the units can be read, beside shuffled labels and the untrained model, and whether moving it moves the tens."
     import pandas as pd, torch
     rows, found = [], {}
-    twins = {(twin.family.removesuffix("-untrained"), twin.seed): twin for twin in untrained_subjects(ADDITION)}
-    for subject in shipped_subjects(ADDITION):
+    twins = {(twin.family.removesuffix("-untrained"), twin.seed): twin for twin in studied(untrained_subjects)}
+    for subject in studied():
         opened = {"trained": subject.open(), "untrained": twins[subject.family, subject.seed].open()}
         for state, model in opened.items():
             learned, asked = (ask(model, problems, "tens") for problems in (problems_of("train", LEARNED), problems_of("test")))
@@ -623,7 +629,7 @@ def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The frequencies in the embeddings of the digits, beside shuffled orders and untrained models."
     import pandas as pd
     rows, found = [], {}
-    for subject in shipped_subjects(ADDITION) + untrained_subjects(ADDITION):
+    for subject in studied() + studied(untrained_subjects):
         vectors = digit_embeddings(subject.open())
         shares, null = wave_shares(vectors), shuffled_waves(vectors, seed=subject.seed)
         rows += [{"model": subject.family, "seed": subject.seed, "frequency": k + 1, "share": share} for k, share in enumerate(shares)]
@@ -633,14 +639,17 @@ def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             "beyond_shuffled": ("share of seeds in which it is more than in 95% of random orders", "", (0, 1))}
     return _summed(found, what), {"waves": pd.DataFrame(rows).round(6)}
 
-_FILES = partial(subject_files, ADDITION)
-STAGES = {"accuracy": Stage(accuracy_stage, {"wordings": [*TRAINED, FRESH]}, range(10), _FILES),
-          "halfway": Stage(halfway_stage, {}, range(10), _FILES),
-          "ablation": Stage(ablation_stage, {"problems": PROBLEMS}, range(10), _FILES),
-          "flips": Stage(flips_stage, {"pairs": FLIP_PAIRS}, range(10), _FILES),
-          "reads": Stage(reads_stage, {"problems": PROBLEMS, "pairs": FLIP_PAIRS // 2}, range(10), _FILES),
-          "carry": Stage(carry_stage, {"learned": LEARNED}, range(10), _FILES),
-          "waves": Stage(waves_stage, {}, range(10), _FILES)}
+def _files() -> list[Path]:
+    "The models that are looked at, and what they were halfway."
+    return [home() / "models" / name for subject in studied() for name in (f"{subject.family}/seed{subject.seed}", early_name(subject))]
+
+STAGES = {"accuracy": Stage(accuracy_stage, {"wordings": [*TRAINED, FRESH]}, DESIGN, _files),
+          "halfway": Stage(halfway_stage, {}, DESIGN, _files),
+          "ablation": Stage(ablation_stage, {"problems": PROBLEMS}, DESIGN, _files),
+          "flips": Stage(flips_stage, {"pairs": FLIP_PAIRS}, DESIGN, _files),
+          "reads": Stage(reads_stage, {"problems": PROBLEMS, "pairs": FLIP_PAIRS // 2}, DESIGN, _files),
+          "carry": Stage(carry_stage, {"learned": LEARNED}, DESIGN, _files),
+          "waves": Stage(waves_stage, {}, DESIGN, _files)}
 
 # %% ../../nbs/23_addition_circuits.ipynb #ce030a74
 def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str, pd.DataFrame]:
