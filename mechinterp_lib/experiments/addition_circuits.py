@@ -628,12 +628,14 @@ def reads_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             for name in ("tens", "units"):
                 both = attention[..., [DIGITS.index(f"{operand}_{name}") for operand in "ab"]].sum(-1)
                 found.setdefault((subject.family, f"{place}_of_{length}_look_at_{name}"), []).append(float(both.max()))
-        for kind in PAIRS:
-            first, second = known_pairs(model, kind, "test", FLIP_PAIRS // 2)
+        for kind, length in itertools.product(PAIRS, (2, 3)):
+            first, second = known_pairs(model, kind, "test", FLIP_PAIRS, length=length)
             shares = read_flips(model, first, second)
-            names = {int(at[0]): name for name, at in first.positions.items()}
-            read += [{"model": subject.family, "seed": subject.seed, "kind": kind, "layer": layer, "pos": pos, "name": names.get(pos, ""), "flips": shares[layer, pos], "n": len(first.rows)} for layer, pos in np.ndindex(shares.shape)]
+            names = {int(at[0]): name for name, at in first.positions.items()} | {int(first.at[0]): "asked"}
+            read += [{"model": subject.family, "seed": subject.seed, "kind": kind, "digits": length, "layer": layer, "pos": pos, "token": model.tokenizer.decode(first.rows[0, pos]), "name": names.get(pos, ""), "flips": shares[layer, pos], "n": len(first.rows)} for layer, pos in np.ndindex(shares.shape)]
+            found.setdefault((subject.family, f"fetched_{kind}_{length}"), []).append(float(shares[1:].max() >= 0.5))
     what = {f"{place}_of_{length}_look_at_{name}": (f"the most that a head attends to the {name} of both operands together, where the {place} of an answer of {length} digits are predicted", "", (0, 1)) for place in ("tens", "units") for name in ("tens", "units") for length in (2, 3)}
+    what |= {f"fetched_{kind}_{length}": (f"share of seeds in which layer 1 fetches it from one earlier place: half of the pairs that differ in {kind}, with answers of {length} digits, flip with the values there of layer 1", "", (0, 1)) for kind in PAIRS for length in (2, 3)}
     return _summed(found, what), {"attention": pd.DataFrame(looked).round(4), "reads": pd.DataFrame(read).round(4)}
 
 # %% ../../nbs/23_addition_circuits.ipynb #23628927
@@ -717,7 +719,7 @@ STAGES = {"accuracy": Stage(accuracy_stage, {"wordings": [*TRAINED, FRESH]}, DES
           "halfway": Stage(halfway_stage, {}, DESIGN, _files),
           "ablation": Stage(ablation_stage, {"problems": PROBLEMS}, DESIGN, _files),
           "flips": Stage(flips_stage, {"pairs": FLIP_PAIRS}, DESIGN, _files),
-          "reads": Stage(reads_stage, {"problems": PROBLEMS, "pairs": FLIP_PAIRS // 2}, DESIGN, _files),
+          "reads": Stage(reads_stage, {"problems": PROBLEMS, "pairs": FLIP_PAIRS}, DESIGN, _files),
           "carry": Stage(carry_stage, {"learned": LEARNED}, DESIGN, _files),
           "algorithm": Stage(algorithm_stage, {}, DESIGN, _files),
           "waves": Stage(waves_stage, {}, DESIGN, _files)}
