@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ABLATIONS', 'FRACTIONS', 'METHODS', 'edge_names', 'names_nodes', 'Graph', 'model_graph', 'node_edges', 'graph_pairs',
            'Runner', 'edge_attribution', 'edge_auroc', 'top_edges', 'top_nodes', 'faithfulness_curve', 'curve_areas',
-           'Evaluation', 'evaluate_circuit', 'alone_and_without', 'random_circuit', 'matched_circuit', 'acdc', 'halves',
-           'find_circuit', 'until_faithful', 'causal_scrub', 'draw_circuit']
+           'Evaluation', 'evaluate_circuit', 'lost_without', 'random_circuit', 'matched_circuit', 'outside_circuit',
+           'acdc', 'halves', 'find_circuit', 'until_faithful', 'causal_scrub', 'draw_circuit']
 
 # %% ../nbs/11_circuits.ipynb #e789419c
 def edge_names(edges: Edges) -> list[tuple[str, str]]:
@@ -552,8 +552,8 @@ def curve_areas(curve: pd.DataFrame) -> dict[str, float]:
 @dataclass(frozen=True, repr=False)
 class Evaluation:
     """What a circuit of `n_edges` of `total` edges does; `level` says whether it was given by edges or nodes. `faithfulness`, the share of the task that it does alone, with its interval over `n` pairs; `necessity`, the share that is lost when its edges (its nodes) are ablated and all others stay, with its own; `incompleteness`, the
-    largest over subsets K; `minimality`, for each edge (node); `random` and `matched`, the faithfulness of random circuits of its size that hang together, and of those with as many edges (nodes) of each kind, `random_necessity` and `matched_necessity` what is lost without these; `p` and `p_necessity`, the share of either that does at least as
-    well, whichever is larger (+1 corrected); `areas`, CPR and CMD of the scores, if given. All normalised: shares of the difference between the model with all edges and with none, where absent edges carry what `ablation` says."""
+    largest over subsets K; `minimality`, for each edge (node); `random` and `matched`, the faithfulness of random circuits of its size that hang together, and of those with as many edges (nodes) of each kind, `p` the share of either that does at least as well, whichever is larger (+1 corrected); `outside`, what is lost without as many random edges
+    (nodes) that are none of its own, `p_necessity` the share of these that are missed as much; `areas`, CPR and CMD of the scores, if given. All normalised: shares of the difference between the model with all edges and with none, where absent edges carry what `ablation` says."""
     n_edges: int
     total: int
     n: int
@@ -568,8 +568,7 @@ class Evaluation:
     random: list[float]
     matched: list[float]
     p: float
-    random_necessity: list[float]
-    matched_necessity: list[float]
+    outside: list[float]
     p_necessity: float
     areas: dict[str, float] | None = None
     level: str = "edge"
@@ -579,7 +578,7 @@ class Evaluation:
         nodes, ablated = f"{(k := len(self.minimality))} node{'s' * (k > 1)}, " if self.level == "node" else "", "" if self.ablation == "corrupted" else f" ({self.ablation} ablation)"
         return (f"{nodes}{self.n_edges} of {self.total} edges{ablated}: faithfulness {self.faithfulness:.2f} [{self.ci_low:.2f}, {self.ci_high:.2f}; n = {self.n}], necessity {self.necessity:.2f} [{self.necessity_low:.2f}, {self.necessity_high:.2f}], "
                 f"incompleteness {self.incompleteness:.2f}, least minimality {min(self.minimality.values()):.2f}; best of {len(self.random)} random circuits {max(self.random):.2f}, of as many with {self.level}s of the same kinds {max(self.matched):.2f}, p = {self.p:.3f}; "
-                f"most lost without such a one {max(self.random_necessity):.2f} and {max(self.matched_necessity):.2f}, p = {self.p_necessity:.3f}")
+                f"most lost without as many other {self.level}s {max(self.outside):.2f}, p = {self.p_necessity:.3f}")
 
 
 # %% ../nbs/11_circuits.ipynb #dbc0af7d
@@ -596,15 +595,17 @@ def evaluate_circuit(model: TransformerBridge, task: str | Task, edges: Edges, *
     share, left = runner.share(values).tolist()
     low, high = map_intervals((values - runner.empty).cpu().double().numpy().T, (runner.clean - runner.empty).cpu().double().numpy())
     halves = mask & (torch.rand(n_subsets, *mask.shape, generator=draw) < 0.5)
-    alone, lost = zip(*(alone_and_without(runner, torch.stack([null(runner.graph, mask, draw) for _ in range(n_random)])) for null in (random_circuit, matched_circuit)))
-    p, p_necessity = (max((1 + int((other >= own - 1e-6).sum())) / (1 + n_random) for other in others) for own, others in ((share, alone), (1 - left, lost)))
+    drawn = {null: torch.stack([null(runner.graph, mask, draw) for _ in range(n_random)]) for null in (random_circuit, matched_circuit, outside_circuit)}
+    random, matched = (runner.share(runner(drawn[null])) for null in (random_circuit, matched_circuit))
+    lost = lost_without(runner, drawn[outside_circuit])
+    p, p_necessity = (max((1 + int((other >= own - 1e-6).sum())) / (1 + n_random) for other in others) for own, others in ((share, (random, matched)), (1 - left, (lost,))))
     areas = None if scores is None else curve_areas(faithfulness_curve(model, task, scores, memory=memory, ablation=ablation))
     return Evaluation(int((runner.graph.among(mask) if level == "node" else mask).sum()), runner.total, runner.pairs.n, share, float(low[0]), float(high[0]), 1 - left, 1 - float(high[1]), 1 - float(low[1]), _incompleteness(runner, mask, halves, greedy), _minimality(runner, mask, halves),
-                      *(null.tolist() for null in alone), p, *(null.tolist() for null in lost), p_necessity, areas, level, ablation)
+                      random.tolist(), matched.tolist(), p, lost.tolist(), p_necessity, areas, level, ablation)
 
-def alone_and_without(runner: Runner, circuits: Bool[Tensor, "circuit sender *receiver"]) -> tuple[Float[Tensor, "circuit"], Float[Tensor, "circuit"]]:
-    "For circuits of edges, or of nodes, as masks: the share that each does alone, its faithfulness, and the share that is lost without it, its necessity."
-    return runner.share(runner(circuits)), 1 - runner.share(runner(_whole(runner.graph, circuits[0]) & ~circuits))
+def lost_without(runner: Runner, circuits: Bool[Tensor, "circuit sender *receiver"]) -> Float[Tensor, "circuit"]:
+    "The share that is lost when the edges, or nodes, of each circuit are ablated and all others stay: its necessity."
+    return 1 - runner.share(runner(_whole(runner.graph, circuits[0]) & ~circuits))
 
 def _whole(graph: Graph, like: Bool[Tensor, "sender *receiver"]) -> Bool[Tensor, "sender *receiver"]:
     "All edges, or all nodes, as a mask."
@@ -668,6 +669,13 @@ def matched_circuit(graph: Graph, like: Bool[Tensor, "sender *receiver"], genera
         for i in torch.randperm(len(places), generator=generator)[:n].tolist(): mask[places[i]] = True
     return mask
 
+def outside_circuit(graph: Graph, like: Bool[Tensor, "sender *receiver"], generator: torch.Generator) -> Bool[Tensor, "sender *receiver"]:
+    "As many edges as in `like` that are none of its own, of any kind, or all others if these are fewer; of nodes likewise. (Random circuits with as many edges of each kind hold much of the circuit itself, and say nothing of what is needed.)"
+    import torch
+    mask, others = torch.zeros_like(like), (_whole(graph, like) & ~like).nonzero()
+    mask[tuple(others[torch.randperm(len(others), generator=generator)[:int(like.sum())]].T)] = True
+    return mask
+
 
 # %% ../nbs/11_circuits.ipynb #62c39427
 def acdc(model: TransformerBridge, task: str | Task, threshold: float = 0.01, *, level: str = "edge", ahead: int = 16, memory: int = MEMORY) -> list[tuple[str, str]] | list[str]:
@@ -724,7 +732,7 @@ METHODS = ("path_patching", "exact", "eap", "eap-ig", "acdc")
 def find_circuit(model: TransformerBridge, task: str | Task = "induction", method: str = "eap-ig", *, level: str = "edge", faithfulness: float = 0.9, threshold: float = 0.01, memory: int = MEMORY) -> pd.DataFrame:
     """A circuit for a task, by name or a `Task` of one's own. "exact", "eap" and "eap-ig": the best edges by score, as many as reach `faithfulness` (counts go in steps of about a tenth); "acdc" and "path_patching": what they keep at
     `threshold`. `level` "node": heads and MLPs, in a column `sender` alone; of path patching those from which an edge starts. `task.metric` may be a function of logits. What is chosen is chosen on every other pair; the column `share` is the exact effect of corrupting each edge (each node) of the whole model, as a share of the
-    difference between the runs, on the rest."""
+    difference between the runs, on the rest. Absent parts are at the corrupted run's value, so what both prompts share is left out: under another `ablation` of `evaluate_circuit` such a circuit of edges may do little alone."""
     import pandas as pd
     check_model(model), check_choice("method", method, METHODS), check_choice("level", level, ["edge", "node"]), check_number("faithfulness", faithfulness, above=0, most=1), check_number("threshold", threshold, above=0)
     task = as_task(model, task)
@@ -795,7 +803,7 @@ def _donors(labels: Mapping[tuple[str, str], Sequence], graph: Graph, n: int, dr
 
 # %% ../nbs/11_circuits.ipynb #7d7bd79b
 def causal_scrub(model: TransformerBridge, task: str | Task, hypothesis: Mapping[tuple[str, str], Sequence], *, n_draws: int = 10, seed: int = 0, memory: int = MEMORY) -> pd.DataFrame:
-    """The share of the metric on the clean prompts that is recovered when all that the hypothesis calls interchangeable is exchanged (Chan et al. 2022). `hypothesis[sender, receiver]` holds a label for each prompt. Two rows, "hypothesis" and
+    """The share of the metric on the clean prompts that is recovered when all that the hypothesis calls interchangeable is exchanged (Chan et al. 2022). `hypothesis[sender, receiver]` holds a label for each prompt; over edges that it does not name any prompt's message may come, so all that carry anything have to be named (`model_graph(model)` lists the edges). Two rows, "hypothesis" and
     "shuffled labels": `recovered`, mean over draws, with a 95% bootstrap interval over prompts; `swapped`, the share of messages from another prompt, over the edge where it is least; the metric of the model and of random exchange.
     `InputError` if nothing can be swapped, or the model does no better than random exchange."""
     import pandas as pd, torch
@@ -852,7 +860,7 @@ def _scrubber(model: TransformerBridge, task: Task, memory: int) -> tuple[Callab
 def draw_circuit(model: TransformerBridge, circuit: pd.DataFrame, least: float = 0.0) -> Figure:
     "A circuit, as `find_circuit` gives it, as a diagram: the embedding below, layers upwards, logits above; a line for each edge, as wide as the size of its `share`, dotted where it is negative, coloured by what it enters."
     from mechinterp_lib.plots import circuit_diagram
-    for column in ("sender", "receiver", "share"): check_choice("column of circuit", column, getattr(circuit, "columns", []))
+    if lacking := {"sender", "receiver", "share"} - set(getattr(circuit, "columns", [])): raise InputError("circuit", f"no column {', '.join(sorted(lacking))}", "a frame of edges with sender, receiver and share is needed, as find_circuit makes it; nodes alone are not drawn")
     if not len(circuit): raise InputError("circuit", "no edges", "at least one is needed")
     graph, rows = model_graph(model), [["embed"]]
     graph.mask(circuit)

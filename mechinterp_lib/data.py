@@ -86,19 +86,21 @@ def char_tokenizer(text: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 def _unknown(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
-    "The characters of `text` that the vocabulary lacks."
+    "The characters of `text` that the vocabulary lacks; of a vocabulary of words, the words."
     vocabulary, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
     if unknown is None: unknown = vocabulary.get(getattr(tokenizer.backend_tokenizer.model, "unk_token", None))      # what a tokenizer.json alone says
     if max(map(len, vocabulary)) == 1: return sorted(set(text) - vocabulary.keys())
-    if unknown is None: return []
-    return [character for character in sorted(set(text)) if unknown in tokenizer.encode(character, add_special_tokens=False)]
+    def lacking(pieces: Iterable[str]) -> list[str]: return [piece for piece in sorted(set(pieces)) if unknown in tokenizer.encode(piece, add_special_tokens=False)]
+    if unknown is None or not lacking([text]): return []
+    return lacking(text.split()) if type(tokenizer.backend_tokenizer.model).__name__ in ("WordLevel", "WordPiece") else lacking(text)
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Int[Tensor, "pos"]:
     "Token ids of `text`, without a begin token; an `InputError` that names the characters which the vocabulary lacks."
     import torch
     vocabulary = tokenizer.get_vocab()
     if missing := _unknown(tokenizer, text):
-        raise InputError("text", "".join(missing[:20]), f"these {len(missing)} characters are not among the {len(vocabulary)} of the vocabulary")
+        what, joint = ("characters", "") if max(map(len, missing)) == 1 else ("words", " ")
+        raise InputError("text", joint.join(missing[:20]), f"these {len(missing)} {what} are not among the {len(vocabulary)} of the vocabulary")
     if max(map(len, vocabulary)) > 1: return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
     return torch.tensor([vocabulary[character] for character in text], dtype=torch.long)
 

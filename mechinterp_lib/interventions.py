@@ -1348,8 +1348,8 @@ def head_weights(replay: Replay, part: str, layer: int) -> tuple[Float[Tensor, "
     except NotImplementedError: return None                                                     # quantised weights cannot be read
     norm = getattr(getattr(block, "ln1", None), "original_component", None)
     if not replay.exact or norm is None or getattr(weight, "ndim", None) != 3: return None
-    wanted = replay.kept["attn_out" if part == "o" else part][layer][:, -1]
-    bias = torch.zeros_like(wanted[0]) if bias is None else bias
+    wanted, weight = replay.kept["attn_out" if part == "o" else part][layer][:, -1], weight.detach()
+    bias = torch.zeros_like(wanted[0]) if bias is None else bias.detach()
     if mark in replay.known.components: return weight, bias
     if part == "o": made = torch.einsum("phn,hnw->pw", replay.kept["z"][layer][:, -1], weight)
     else: made = torch.einsum("pw,hwn->phn", norm(replay.kept["resid_pre"][layer][:, -1]), weight)

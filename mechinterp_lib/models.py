@@ -238,9 +238,9 @@ def _give_tokenizer(bridge: TransformerBridge, tokenizer: PreTrainedTokenizerFas
     if len(tokenizer) > bridge.cfg.d_vocab: raise InputError("tokenizer", source, f"it has {len(tokenizer)} tokens, but the model knows {bridge.cfg.d_vocab}")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     if tokenizer.bos_token is not None:
-        ids = tokenizer.encode("a")
-        bridge.cfg.default_prepend_bos, bridge.cfg.tokenizer_prepends_bos = True, ids[0] == tokenizer.bos_token_id
-        bridge.cfg.tokenizer_appends_eos = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+        ids = tokenizer.encode("")                                                               # what goes around any text
+        bridge.cfg.default_prepend_bos, bridge.cfg.tokenizer_prepends_bos = True, ids[:1] == [tokenizer.bos_token_id]
+        bridge.cfg.tokenizer_appends_eos = ids[1 if bridge.cfg.tokenizer_prepends_bos else 0:][-1:] == [tokenizer.eos_token_id]
     bridge.tokenizer = tokenizer
 
 def as_bridge(module: nn.Module, tokenizer: PreTrainedTokenizerFast | None = None, source: str = "model", device: str = "cpu") -> TransformerBridge:

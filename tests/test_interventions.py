@@ -6,13 +6,13 @@ import pytest, torch, transformers
 
 from mechinterp_lib import interventions
 
-from mechinterp_lib.activation_patching import (Task, ablate_component, attribution_patching, compute_patching_effect, kl_divergence, logit_diff, next_token_loss, patch_activation,
+from mechinterp_lib.activation_patching import (Task, copying_task, has_component, ablate_component, attribution_patching, compute_patching_effect, kl_divergence, logit_diff, next_token_loss, patch_activation,
                                                 patch_scan, path_patching, probability)
-from mechinterp_lib.circuits import Runner, acdc, causal_scrub, edge_attribution, evaluate_circuit
+from mechinterp_lib.circuits import Runner, acdc, causal_scrub, edge_attribution, edge_auroc, evaluate_circuit
 from mechinterp_lib.core import InputError, seeded
 from mechinterp_lib.data import char_tokenizer
-from mechinterp_lib.interventions import COMPONENTS, TOLERANCE, Edit, Replay, capture, check_read, each_edit, hook_name, naive_run, position_first, replaced
-from mechinterp_lib.models import as_bridge, new_model
+from mechinterp_lib.interventions import COMPONENTS, TOLERANCE, Edit, Replay, capture, check_read, differentiable_run, each_edit, hook_name, naive_run, position_first, replaced
+from mechinterp_lib.models import as_bridge, load_model, new_model
 
 GQA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, max_position_embeddings=32)
 CONFIGS = {
@@ -569,3 +569,29 @@ def test_a_model_that_was_wrapped_twice_is_replayed(kind):
     again = as_bridge(first.original_model)
     replay = Replay(again, tokens, keep=["z", "q"])
     assert replay.exact and torch.allclose(replay.logits, logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_are_those_of_hooks(model, padded):
+    tokens, _, mask = prompts_of(padded)
+    replay, rows = Replay(model, tokens, mask, keep=["resid_pre"]), torch.arange(2)
+    places = [(component, layer) for layer in range(model.cfg.n_layers) for component in COMPONENTS if component != "pattern" and has_component(model, component, layer)]
+    logits, seen = differentiable_run(replay, replay.kept["resid_pre"][0], rows, places, read=-1)
+    slopes = torch.autograd.grad((logits[:, 0, 3] - logits[:, 0, 4]).sum(), [zero for zero, _ in seen.values()])
+    for (component, layer), slope in zip(places, slopes):
+        name = hook_name(model, component, layer)
+        if component == "resid_mid": continue                                  # where the bridge only shows it, a gradient cannot be asked for there
+        zero = torch.zeros_like(capture(model, tokens, [name], mask)[1][name]).requires_grad_()
+        with torch.enable_grad(), replaced(model, {name: lambda old: old + zero}): end = model(tokens, attention_mask=mask)[:, -1]
+        wanted, = torch.autograd.grad((end[:, 3] - end[:, 4]).sum(), zero)
+        real = slice(None) if mask is None else mask == 1
+        assert torch.allclose(slope[real], wanted[real], rtol=1e-4, atol=1e-5 * wanted.abs().max().item()), (component, layer)
+
+
+def test_scores_of_a_loaded_model_hold_no_graph():
+    model = load_model("induction-2l/seed0", device="cpu")
+    task = copying_task(model, 8)
+    for method in ("eap", "eap-ig", "exact"):
+        scores = edge_attribution(model, task.clean, task.corrupted, method=method, metric=task.metric, steps=2)
+        assert not scores.patched.requires_grad and len(scores.to_frame()) and 0 <= edge_auroc(scores, [("embed", "logits")]) <= 1
+    assert not Runner(model, task)._moved.requires_grad

@@ -369,3 +369,20 @@ def test_hub_names_through_the_cache(tmp_path):
 def test_importing_the_module_is_light():
     code = "import sys, mechinterp_lib.models; assert not {'torch', 'transformers', 'transformer_lens'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("unknown", ["[UNK]", None])
+def test_a_tokenizer_of_whole_words(unknown, tmp_path):
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from mechinterp_lib.data import encode
+    words = {"<b>": 0, "v1": 1, "v2": 2, "k": 3} | ({unknown: 4} if unknown else {})
+    raw = Tokenizer(models.WordLevel(words, **({"unk_token": unknown} if unknown else {})))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<b>", unk_token=unknown)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=8, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu")
+    assert encode(model.tokenizer, "v1 v2 k").tolist() == [1, 2, 3] and model("v1 k").shape[1] == 2
+    if unknown:
+        with pytest.raises(InputError, match="'zz'"): encode(model.tokenizer, "v1 zz k")

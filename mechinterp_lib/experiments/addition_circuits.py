@@ -20,7 +20,7 @@ from ..interventions import Edit, Replay, capture, hook_name, norm_gain
 from ..logit_lens import stream_contributions
 from ..models import head_label, load_model
 from ..statistics import benjamini_hochberg, permutation_test, rate_result, wilson_interval
-from ..subjects import ADDITION, Subject, bos_token, kept, key, lasting_from, over_seeds, shipped_subjects, untrained_subjects
+from ..subjects import ADDITION, Subject, bos_token, brief, kept, key, lasting_from, over_seeds, shipped_subjects, untrained_subjects
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -38,7 +38,7 @@ __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'CHUNK', 'ERRORS', 'ABLATIONS', 'PA
            'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings', 'save_activations',
            'digit_leads', 'lead_differences', 'studied', 'early_name', 'course_of', 'accuracy_stage', 'halfway_stage',
            'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage', 'carry_stage', 'algorithm_stage',
-           'waves_stage', 'analyse']
+           'waves_stage', 'analyse', 'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #54104173
 EXPERIMENT, TRAINED, FRESH = "addition_circuits", ("question", "sum", "plus", "bare"), "add"
@@ -739,3 +739,13 @@ def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str
     tables["flips"] = pd.concat([flip_rows(model, kind, n=n) for kind in PAIRS], ignore_index=True)
     write_text(out / "flips.csv", tables["flips"].to_csv(index=False))
     return tables
+
+# %% ../../nbs/23_addition_circuits.ipynb #147ae8d6
+def findings(results: dict[str, Result]) -> list[str]:
+    "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
+    sentences = [
+        ("Two-layer GPT-2 models that add two-digit numbers, {} of untouched problems right in the wordings that they know and {} in one that they do not, do most of it with the heads of layer 0: where the tens of a two-digit answer are asked for, some heads bring the tens of both operands and others the units. Told about another problem, the ones make the model say what a three-line function says in {} of the problems, the others in {}.",
+         "addition_gpt2_accuracy_question", "addition_gpt2_accuracy_add", "addition_gpt2_same_tens_exchanged_2", "addition_gpt2_below_tens_exchanged_2"),
+        ("Not the carry is passed on but the sum of the units: exchanged in the span of the means by that sum, {} of the problems that differ in the carry alone flip, in the direction of the carry {}; a probe reads the carry in {} of the problems, and in {} in models that were never trained.",
+         "addition_gpt2_exchanged_sum", "addition_gpt2_exchanged_carry", "addition_gpt2_probe_first_0_trained", "addition_gpt2_probe_first_0_untrained")]
+    return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]

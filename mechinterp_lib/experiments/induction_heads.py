@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Callable, Sequence
 from ..activation_patching import Task, copying_task, has_component, logit_diff, patch_scan, path_patching
 from ..attention_analysis import (copy_metrics, copying_by_match_length, extract_attention, find_induction_heads, head_scores,
                                                in_context_score, position_losses)
-from ..circuits import (ABLATIONS, FRACTIONS as EDGE_FRACTIONS, Runner, alone_and_without, curve_areas, draw_circuit, edge_attribution, evaluate_circuit, faithfulness_curve, find_circuit, halves, matched_circuit, names_nodes,
+from ..circuits import (ABLATIONS, FRACTIONS as EDGE_FRACTIONS, Runner, curve_areas, draw_circuit, edge_attribution, evaluate_circuit, faithfulness_curve, find_circuit, halves, lost_without, matched_circuit, names_nodes, outside_circuit,
                                      until_faithful)
 from ..core import InputError, Result, Stage, check_choice, check_range, generator, load_results, load_table
 from ..data import char_tokenizer, encode, load_text, repeated_random, split, windows
 from ..interventions import capture, hook_name, replaced
 from ..logit_lens import depth, logit_lens
 from ..models import as_bridge, head_label, load_model, new_model
-from ..statistics import benjamini_hochberg, mean_result, seeds_result
+from ..statistics import benjamini_hochberg, mean_result, rate_result, seeds_result
 from ..subjects import (FAMILIES, PUBLIC_FILES, Subject, babyllama_missing, bos_token, brief, corpus_missing, kept, key, lasting_from, moments, moments_missing, over_seeds, passages,
                                      public_subjects, shipped_runs, shipped_subjects, subject_files, token_options, untrained_subjects)
 from ..training import Recipe, gpt2, load_recipe, load_weights, run_dir, snapshot_path, train, validation_loss
@@ -571,20 +571,21 @@ def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
 # %% ../../nbs/20_induction_heads.ipynb #f97d782c
 FRESH, CHOOSERS = 64, {"eap-ig": ("eap-ig", "noise"), "noise": ("exact", "noise"), "denoise": ("exact", "denoise")}
 VARIED = {"faithfulness": "share of the difference between all edges and none that the circuit does alone", "necessity": "share that is lost when it is ablated and all else stays",
-          "best_matched": "the most that one of 100 random circuits with as many parts of each kind does alone, the circuit itself left out", "best_matched_necessity": "the most that is lost without one of 100 random circuits with as many parts of each kind, the circuit itself left out",
-          "p": "share of the random circuits that do as much alone", "p_necessity": "share of the random circuits without which as much is lost", "kept": "share of the parts that are in the circuit"}
+          "best_matched": "the most that one of 100 random circuits with as many parts of each kind does alone, the circuit itself left out", "unbeaten": "share of seeds in which none of them does as much",
+          "most_outside": "the most that is lost without as many parts that are none of the circuit's own, 100 random draws", "unbeaten_necessity": "share of seeds in which as much is lost without none of these", "kept": "share of the parts that are in the circuit"}
 
 def varied(runner: Runner, circuit: list, draw: torch.Generator, n: int = 100) -> dict[str, float]:
-    "What a circuit of edges or nodes does alone, what is lost without it; and, if `n` matched random circuits are drawn, the best of them by either (NaN where none is another), and the share that do as well (+1 corrected)."
+    "What a circuit of edges or nodes does alone, what is lost without it; and, of `n` random circuits of the same kinds, and as many draws of parts outside of it, the best, and whether none comes up to it (NaN where there is no other)."
     import torch
     graph = runner.graph
     own = graph.nodes(circuit) if names_nodes(circuit) else graph.mask(circuit)
-    drawn, which = torch.stack([own] + [matched_circuit(graph, own, draw) for _ in range(n)]).unique(dim=0, return_inverse=True)
-    others, found = (drawn != own).flatten(1).any(1), {}
-    for name, end, values in zip(("faithfulness", "necessity"), ("", "_necessity"), alone_and_without(runner, drawn)):
-        mine, random = values[which[0]], values[which[1:]]
-        found[name] = float(mine)
-        if n: found |= {f"best_matched{end}": float(values[others].max()) if others.any() else float("nan"), f"p{end}": (1 + int((random >= mine - 1e-6).sum())) / (1 + n)}
+    others, outside = (torch.stack([own] + [null(graph, own, draw) for _ in range(n)]).unique(dim=0) for null in (matched_circuit, outside_circuit))
+    found, nulls = {"faithfulness": float(runner.share(runner(own[None]))), "necessity": float(lost_without(runner, own[None]))}, {}
+    if n: nulls = {("faithfulness", "best_matched", "unbeaten"): (others, lambda some: runner.share(runner(some))), ("necessity", "most_outside", "unbeaten_necessity"): (outside, lambda some: lost_without(runner, some))}
+    for (mine, best, unbeaten), (drawn, measure) in nulls.items():
+        drawn = drawn[(drawn != own).flatten(1).any(1) & drawn.flatten(1).any(1)]
+        most = float(measure(drawn).max()) if len(drawn) else float("nan")
+        found |= {best: most, unbeaten: float(most < found[mine] - 1e-6) if len(drawn) else float("nan")}
     return found
 
 def variation_rows(subject: Subject, n: int = PAIRS) -> list[dict]:
@@ -607,8 +608,9 @@ def gap_rows(subject: Subject, n: int = FRESH) -> list[dict]:
     model, rows = subject.open(), []
     for ablation in ABLATIONS:
         runner = Runner(model, copying_task(model, n, seed=1), ablation=ablation)
-        try: told = float(runner.share(runner.clean[None]))
+        try: runner.share(runner.clean[None])
         except InputError: told = 0.0
+        else: told = 1.0
         rows += [{"model": subject.family, "seed": subject.seed, "ablation": ablation, "measure": what, "value": value} for what, value in (("gap", float((runner.clean - runner.empty).mean())), ("told", told))]
     return rows
 
@@ -617,16 +619,16 @@ def circuit_variations_stage() -> tuple[dict[str, Result], dict[str, pd.DataFram
     import pandas as pd
     told = telling_subjects()
     table = pd.DataFrame([row for subject in told for row in variation_rows(subject)])
-    for name in ("p", "p_necessity"):
-        adjusted = table[table.measure == name].assign(measure=f"{name}_adjusted")
-        table = pd.concat([table, adjusted.assign(value=benjamini_hochberg(adjusted.value.to_numpy())[1])], ignore_index=True)
-    what = VARIED | {f"{name}_adjusted": f"{VARIED[name]}, at a false discovery rate over all circuits" for name in ("p", "p_necessity")}
-    results = {key(family, f"varied_{level}_{scores}_{ablation}_{name}"): seeds_result(values, unit="", how=f"{what[name]}; {level}s by {scores} scores, absent ones: {ablation}; each seed's over {FRESH} fresh pairs")
-               for (family, level, scores, ablation, name), rows in table.groupby(["model", "level", "scores", "ablation", "measure"]) if len(values := rows.value.dropna()) > 1}
+    results = {}
+    for (family, level, scores, ablation, name), rows in table.groupby(["model", "level", "scores", "ablation", "measure"]):
+        if len(values := rows.value.dropna()) < 2: continue
+        how = f"{VARIED[name]}; {level}s by {scores} scores, absent ones: {ablation}; each seed's over {FRESH} fresh pairs"
+        results[key(family, f"varied_{level}_{scores}_{ablation}_{name}")] = rate_result(int(values.sum()), len(values), unit="", how=how, seeds=len(values)) if name.startswith("unbeaten") else seeds_result(values, unit="", how=how)
     twins = [twin for twin in untrained_subjects() if any((twin.family, twin.seed) == (f"{subject.family}-untrained", subject.seed) for subject in told)]
     gaps = pd.DataFrame([row for subject in told + twins for row in gap_rows(subject)])
     for (family, ablation, name), rows in gaps.groupby(["model", "ablation", "measure"]):
-        if len(rows) > 1: results[key(family, f"varied_{name}_{ablation}")] = seeds_result(rows.value, unit="nats" if name == "gap" else "", how=f"{'metric with all edges minus that with none' if name == 'gap' else 'share of models in which this can be told from 0'}, absent edges: {ablation}; each seed's over {FRESH} fresh pairs")
+        how = f"{'metric with all edges minus that with none' if name == 'gap' else 'share of models in which this can be told from 0'}, absent edges: {ablation}; each seed's over {FRESH} fresh pairs"
+        results[key(family, f"varied_{name}_{ablation}")] = seeds_result(rows.value, unit="nats", how=how) if name == "gap" else rate_result(int(rows.value.sum()), len(rows), unit="", how=how, seeds=len(rows))
     return results, {"circuit_variations": table, "circuit_variation_gaps": gaps}
 
 # %% ../../nbs/20_induction_heads.ipynb #ccbe5b71
