@@ -483,7 +483,12 @@ def _table(subject: Subject, frame: pd.DataFrame) -> pd.DataFrame:
 
 def _summed(found: Mapping[tuple[str, str], list[float]], what: Mapping[str, tuple[str, str, tuple[float, float] | None]]) -> dict[str, Result]:
     "One number for each family and name, from one for each seed; `what[name]` says what it is, its unit and bounds."
-    return kept({key(family, name): over_seeds([np.array([value]) for value in values], *what[name]) for (family, name), values in found.items()})
+    def one(name: str, values: Sequence[float]) -> Result | None:
+        "The mean over seeds; of what is true of a seed or not, a rate."
+        if what[name][0].startswith("share of seeds"): return rate_result(int(sum(values)), len(values), unit="", how=what[name][0], seeds=len(values))
+        return over_seeds([np.array([value]) for value in values], *what[name])
+    return kept({key(family, name): one(name, values) for (family, name), values in found.items()})
+
 
 def course_of(subject: Subject) -> pd.DataFrame:
     "The training of a shipped model as its record tells it: at each evaluated `step` the share of the test problems, asked as a question, that are right, by `digit` (mean over carry patterns) and by `carry` (whole answers)."
@@ -518,8 +523,8 @@ def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         results[key(family, f"worst_{wording}")] = rate_result(round(worst.right * worst.n), int(worst.n), unit="", how=f"share of the confirmation problems answered right in the wording {wording}, by the seed that is right least often")
     what = {f"accuracy_{wording}": (f"share of the confirmation problems answered right in the wording {wording}", "", (0, 1)) for wording in (*TRAINED, FRESH)} | {
         "early_accuracy": ("share of the test problems answered right halfway through training", "", (0, 1)), "early_carry_errors": ("share of the wrong answers that are off by a carry, halfway through training", "", (0, 1)),
-        **{f"learned_digit_{place}": (f"step from which on nine in ten of the {place} are right", "steps", None) for place in PLACES[:3]},
-        **{f"learned_carry_{carry}": (f"step from which on nine in ten answers are right, problems in which this carries: {carry}", "steps", None) for carry in ("none", "units", "tens", "both")},
+        **{f"learned_digit_{place}": (f"step from which on nine in ten of the {place} are right", "steps", (0, 10_000)) for place in PLACES[:3]},
+        **{f"learned_carry_{carry}": (f"step from which on nine in ten answers are right, problems in which this carries: {carry}", "steps", (0, 10_000)) for carry in ("none", "units", "tens", "both")},
         "favourite": ("share of answers that are the number said most often", "", (0, 1))}
     return results | _summed(found, what), {"accuracy": table.round(6), "early": pd.concat(early, ignore_index=True).round(6), "course": pd.concat(courses, ignore_index=True).round(4)}
 
@@ -744,7 +749,7 @@ def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str
 def findings(results: dict[str, Result]) -> list[str]:
     "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
     sentences = [
-        ("Two-layer GPT-2 models that add two-digit numbers, {} of untouched problems right in the wordings that they know and {} in one that they do not, do most of it with the heads of layer 0: where the tens of a two-digit answer are asked for, some heads bring the tens of both operands and others the units. Told about another problem, the ones make the model say what a three-line function says in {} of the problems, the others in {}.",
+        ("Two-layer GPT-2 models that add two-digit numbers, {} of untouched problems right in the wordings that they know and {} in one that they do not, do most of it with the heads of layer 0: where the tens of a two-digit answer are asked for, some heads bring the tens of both operands and others the units. Told about another problem, the ones make the model say what a short function says in {} of the problems, the others in {}.",
          "addition_gpt2_accuracy_question", "addition_gpt2_accuracy_add", "addition_gpt2_same_tens_exchanged_2", "addition_gpt2_below_tens_exchanged_2"),
         ("Not the carry is passed on but the sum of the units: exchanged in the span of the means by that sum, {} of the problems that differ in the carry alone flip, in the direction of the carry {}; a probe reads the carry in {} of the problems, and in {} in models that were never trained.",
          "addition_gpt2_exchanged_sum", "addition_gpt2_exchanged_carry", "addition_gpt2_probe_first_0_trained", "addition_gpt2_probe_first_0_untrained")]
