@@ -258,15 +258,16 @@ def split_problems(problems: pd.DataFrame, sizes: Mapping[str, int] = SPLITS, se
     operands, pairs, carry, found = problems[["a", "b"]].to_numpy(), {}, problems["carry"].tolist(), [None] * len(problems)
     for row, pair in enumerate(zip(operands.min(1).tolist(), operands.max(1).tolist())): pairs.setdefault(pair, []).append(row)
     free = [pairs[pair] for pair in sorted(pairs, key=lambda pair: seed_for("addition split", seed, *pair))]
+    available = Counter()
+    for rows in free: available[carry[rows[0]]] += len(rows)
     for name, size in sizes.items():
-        available = Counter()
-        for rows in free: available["any" if name == "train" else carry[rows[0]]] += len(rows)
-        room = _equal_shares(size, available)
+        room = {"any": size} if name == "train" else _equal_shares(size, available)
         for rows in free:
-            kind = "any" if name == "train" else carry[rows[0]]
-            if room[kind] < len(rows): continue
-            room[kind] -= len(rows)
+            kind, taken = "any" if name == "train" else carry[rows[0]], len(rows)
+            if room[kind] < taken: continue
+            room[kind], available[carry[rows[0]]] = room[kind] - taken, available[carry[rows[0]]] - taken
             for row in rows: found[row] = name
+            if not any(room.values()): break
         if any(room.values()): raise InputError(f"sizes[{name!r}]", size, "pairs cannot fill it exactly, as both orders of one stay together; allowed: another size, such as an even one")
         free = [rows for rows in free if found[rows[0]] is None]
     return problems.assign(split=found).dropna(subset="split").reset_index(drop=True)

@@ -175,6 +175,15 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path, cache, change, m
     with pytest.raises(InputError, match=message): train(replace(TOY, **change), 0, tmp_path / "model", device="cpu", progress=False)
 
 
+def test_sums_that_do_not_fit_are_refused(tmp_path, cache):
+    for change, message in (({"n_ctx": 27}, "at least 28"), ({"architecture": ADDING.architecture | {"vocab_size": 65}}, "41 characters")):
+        with pytest.raises(InputError, match=message): train(replace(ADDING, **change), 0, tmp_path / "model", device="cpu", progress=False)
+    (tmp_path / "model-early").mkdir()
+    (tmp_path / "model-early" / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="notes.txt"): train(ADDING, 0, tmp_path / "model", device="cpu", progress=False)
+    assert steps_done(ADDING, 0) == 0 and (tmp_path / "model-early" / "notes.txt").exists()
+
+
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path, cache):
     with pytest.raises(InputError, match="65 characters"):
         train(Recipe("x", {**TOY.architecture, "d_vocab": 64}, corpus=None, n_ctx=32), 0, tmp_path / "model", device="cpu", progress=False)
