@@ -1362,8 +1362,12 @@ def head_weights(replay: Replay, part: str, layer: int) -> tuple[Float[Tensor, "
 def differentiable_run(replay: Replay, stream: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, "row"], places: Sequence[tuple[str, int]], read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
                        vocab: Int[Tensor, "chosen"] | None = None) -> tuple[Float[Tensor, "row read chosen"], dict[tuple[str, int], tuple[Tensor, Tensor]]]:
     """Whole runs with gradients, from `stream` before layer 0 on: the logits as `Replay.run` gives them, and for each of `places`, a component and a layer, a zero that was added there and the activation behind it (position first). The
-    gradient with respect to the zero is that of the activation; memory as for a training step. `pattern` is not offered."""
+    gradient with respect to the zero is that of the activation; the activation itself can be differentiated (by `resid_pre` of its layer, say), and the logits by it for `resid_pre` and `resid_post` alone. Memory as for a training step. `pattern` is not offered. `InputError` for a stream that does not
+    fit the prompts, or inside `torch.inference_mode`."""
     import torch
+    if torch.is_inference_mode_enabled(): raise InputError("gradients", "torch.inference_mode is on", "leave it: nothing can be differentiated inside")
+    if tuple(stream.shape) != (len(prompts), replay.n_pos, replay.shapes.get("resid_pre", stream.shape)[-1]): raise InputError("stream", tuple(stream.shape), f"allowed: a row for each of the {len(prompts)} prompts, {replay.n_pos} positions")
+    check_range("prompts", int(prompts.max()), 0, replay.batch)
     for component, layer in places:
         check_choice("component", component, [name for name in COMPONENTS if name != "pattern"]), check_range("layer", layer, 0, replay.n_layers)
         if component not in replay.kept: hook_name(replay.model, component, layer)
