@@ -5,22 +5,22 @@
 # %% ../../nbs/23_addition_circuits.ipynb #4cb60608
 from __future__ import annotations
 
-import itertools, re
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
 import numpy as np
 
-from ..activation_patching import Metric, ablation_scan, patch_scan
-from ..core import InputError, Result, Stage, atomic_path, check_choice, check_range, home, read_json, write_text
-from ..data import PLACES, EncodedProblems, addition_problems, encode_problems
+from ..activation_patching import patch_scan
+from ..addition import ABLATIONS, CHUNK, PAIRS, Asked, ablated, ask, at_place, carries, evaluate_addition, favourite, flips, known_pairs, problems_of, streams, summary_of
+from ..core import InputError, Result, Stage, atomic_path, home, read_json, write_text
+from ..data import PLACES, addition_problems
 from ..interventions import Edit, Replay, capture, hook_name, norm_gain
 from ..logit_lens import stream_contributions
 from ..models import head_label, load_model
 from ..statistics import benjamini_hochberg, permutation_test, rate_result, wilson_interval
-from ..subjects import ADDITION, Subject, bos_token, brief, kept, key, lasting_from, over_seeds, shipped_subjects, untrained_subjects
-from ..training import sums_of
+from ..subjects import ADDITION, Subject, brief, kept, key, lasting_from, over_seeds, shipped_subjects, untrained_subjects
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -28,208 +28,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
-# %% auto #0
-__all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'CHUNK', 'ERRORS', 'ABLATIONS', 'PAIRS', 'DIGITS', 'Cell', 'PROBLEMS', 'FLIP_PAIRS',
-           'LEARNED', 'DESIGN', 'STAGES', 'problems_of', 'completions', 'parse_answer', 'answer_kind',
-           'evaluate_addition', 'summary_of', 'favourite', 'Asked', 'ask', 'parts_of', 'ablated', 'place_asked',
-           'partner', 'flip_pairs', 'known_pairs', 'flips', 'attention_to', 'read_flips', 'streams', 'at_place',
-           'probe_accuracy', 'carries', 'moved_digits', 'between_means', 'carry_moves', 'spanned', 'subspace_flips',
-           'carry_bases', 'addition_algorithm', 'operand_digits', 'head_parts', 'interchanged', 'algorithm_rows',
-           'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings', 'save_activations',
-           'digit_leads', 'lead_differences', 'studied', 'early_name', 'course_of', 'accuracy_stage', 'halfway_stage',
-           'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage', 'carry_stage', 'algorithm_stage',
-           'waves_stage', 'analyse', 'findings']
-
-# %% ../../nbs/23_addition_circuits.ipynb #54104173
 EXPERIMENT, TRAINED, FRESH = "addition_circuits", ("question", "sum", "plus", "bare"), "add"
-CHUNK = 100                                                                                    # rows that go through a model at once
 
-def problems_of(split: str, n: int | None = None) -> pd.DataFrame:
-    "The problems of a split in a fixed random order, or the first `n` of them; an `InputError` for a split or number that there is not."
-    found = sums_of(split).sample(frac=1, random_state=0)
-    return found.head(check_range("n", len(found) if n is None else n, 1, len(found) + 1)).reset_index(drop=True)
-
-# %% ../../nbs/23_addition_circuits.ipynb #5fe83386
-def completions(model: TransformerBridge, encoded: EncodedProblems, steps: int) -> list[str]:
-    "What the model says behind each prompt: `steps` tokens, each the most probable. Where the right answer is read and each of its tokens is the most probable, nothing else would have been said; the others are written token by token."
-    import torch
-    said = []
-    for some in torch.arange(len(encoded.prompts)).split(CHUNK):
-        prompts, mask, answers = encoded.prompts[some], encoded.mask[some], encoded.answers[some][:, :steps]
-        wide = torch.cat([mask, torch.ones_like(answers[:, 1:])], 1)
-        best = _best(model, torch.cat([prompts, answers[:, :-1].clamp(min=0)], 1), wide)[:, prompts.shape[1] - 1:]
-        right = ((best == answers) | (answers < 0)).all(1)
-        texts = [model.tokenizer.decode(row[row >= 0]) for row in answers]
-        for i, text in zip((~right).nonzero()[:, 0].tolist(), _written_on(model, prompts[~right], mask[~right], steps)): texts[i] = text
-        said += texts
-    return said
-
-def _best(model: TransformerBridge, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
-    "The most probable token behind each."
-    import torch
-    with torch.no_grad(): return model(ids.to(model.cfg.device), attention_mask=None if mask.all() else mask.to(model.cfg.device)).argmax(-1).cpu()
-
-def _written_on(model: TransformerBridge, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], steps: int) -> list[str]:
-    "What is written behind these prompts."
-    import torch
-    begun = ids.shape[1]
-    for _ in range(steps if len(ids) else 0):
-        ids, mask = torch.cat([ids, _best(model, ids, mask)[:, -1:]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    return [model.tokenizer.decode(row) for row in ids[:, begun:]]
-
-# %% ../../nbs/23_addition_circuits.ipynb #10ac7790
-def parse_answer(text: str) -> int | None:
-    "The first number in a completion, None where there is none."
-    found = re.search(r"-?\d+", text)
-    return int(found[0]) if found else None
-
-ERRORS = ("dropped carry", "added carry", "off by one", "copied operand", "no number", "other")
-
-def answer_kind(a: int, b: int, answer: int, said: int | None) -> str:
-    "`right`, or the first of `ERRORS` that fits what was said."
-    if said is None: return "no number"
-    if said == answer: return "right"
-    carries = [scale for scale in (10, 100) if a % scale + b % scale >= scale]                  # what each carry adds to the place above
-    if answer - said in (*carries, sum(carries)): return "dropped carry"
-    if said - answer in {10, 100} - set(carries): return "added carry"
-    if abs(said - answer) == 1: return "off by one"
-    return "copied operand" if said in (a, b) else "other"
-
-# %% ../../nbs/23_addition_circuits.ipynb #c92a4aa2
-def evaluate_addition(model: TransformerBridge, problems: pd.DataFrame, wordings: Sequence[str] = ("question",), reverse: bool = False, steps: int | None = None) -> pd.DataFrame:
-    """A row for each problem and wording: what the model `said` (NaN: no number), and of what `kind` that is. `steps`: how many tokens it may say, by default as many as the longest answer has. `InputError` for a
-    model whose tokenizer cannot spell the problems."""
-    import pandas as pd
-    if model.tokenizer is None: raise InputError("model", type(model).__name__, "it has no tokenizer, and cannot be asked")
-    frames = []
-    for wording in wordings:
-        encoded = encode_problems(model.tokenizer, problems, wording, reverse=reverse, bos=bos_token(model))
-        texts = completions(model, encoded, encoded.answers.shape[1] if steps is None else steps)
-        said = [parse_answer(text[::-1] if reverse else text) for text in texts]
-        kinds = [answer_kind(a, b, answer, value) for a, b, answer, value in zip(problems.a, problems.b, problems.answer, said)]
-        frames.append(problems.assign(wording=wording, said=pd.Series(said, dtype="float64", index=problems.index), kind=kinds))
-    return pd.concat(frames, ignore_index=True)
-
-def summary_of(answers: pd.DataFrame, by: str | Sequence[str] = "wording") -> pd.DataFrame:
-    "The share of right answers with its Wilson interval, and of each kind of error, in each group of `by`: `wording`, `carry`, or `bucket`, the sum by tens."
-    import pandas as pd
-    frame, rows = answers.assign(bucket=answers.answer // 10 * 10), []
-    for name, group in frame.groupby(by, sort=False):
-        right = int((group.kind == "right").sum())
-        low, high = wilson_interval(right, len(group))
-        labels = dict(zip([by] if isinstance(by, str) else by, [name] if isinstance(by, str) else name))
-        rows.append(labels | {"n": len(group), "right": right / len(group), "ci_low": low, "ci_high": high} | {kind: float((group.kind == kind).mean()) for kind in ERRORS})
-    return pd.DataFrame(rows)
-
-def favourite(answers: pd.DataFrame) -> tuple[float, float, float]:
-    "The number that is said most often, the share of answers that it is, and the share of problems whose answer it is."
-    said = answers.said.mode().iloc[0] if answers.said.notna().any() else float("nan")
-    return float(said), float((answers.said == said).mean()), float((answers.answer == said).mean())
-
-# %% ../../nbs/23_addition_circuits.ipynb #2ab18750
-@dataclass(frozen=True, eq=False)
-class Asked:
-    "Problems written out: token rows `[problem, pos]`, and for one digit of the answers the positions that predict it and the token that is right, `[problem]`."
-    problems: pd.DataFrame
-    rows: Int[Tensor, "problem pos"]
-    at: Int[Tensor, "problem"]
-    token: Int[Tensor, "problem"]
-    positions: dict[str, Int[Tensor, "problem"]]
-
-    def place(self, name: str) -> Int[Tensor, "problem"]:
-        "The position of each problem that `asked` (before the digit), `first` (before the first digit of the answer) or the name of a digit stands for."
-        import torch
-        if name == "asked": return self.at
-        if name != "first": return self.positions[check_choice("place", name, ["asked", "first", *self.positions])]
-        return torch.stack([at.masked_fill(at < 0, 2**31) for digit, at in self.positions.items() if digit in {f"answer_{place}" for place in PLACES}]).amin(0) - 1
-
-    def metric(self, tokens: Int[Tensor, "problem"] | None = None) -> Metric:
-        "Whether the digit is said (1 or 0): the right one, or that of `tokens`."
-        wanted = self.token if tokens is None else tokens
-        def of(logits: Float[Tensor, "row read d_vocab"], prompts: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
-            "Whether the best token is the wanted one."
-            return (logits[:, 0].argmax(-1) == wanted.to(logits.device)[prompts]).float()
-        return Metric("said", "", of, self.at[:, None].numpy(), None, len(self.rows))
-
-def ask(model: TransformerBridge, problems: pd.DataFrame, place: str, wording: str = "question") -> Asked:
-    "Those of the problems whose answers have a digit at this place (`units`, `tens`, `hundreds`), written out; an `InputError` where none has."
-    import torch
-    check_choice("place", place, PLACES[:3])
-    problems = problems[problems.answer >= 10 ** PLACES.index(place)].reset_index(drop=True)
-    if not len(problems): raise InputError("problems", f"answers without {place}", "at least one problem is needed whose answer has this digit")
-    encoded = encode_problems(model.tokenizer, problems, wording, bos=bos_token(model))
-    if not encoded.mask.all(): raise InputError("wording", wording, "this model's tokens for the prompts differ in number; positions would not be the same")
-    whole = torch.cat([encoded.prompts, encoded.answers.clamp(min=0)], 1)
-    at = encoded.positions[f"answer_{place}"]
-    return Asked(problems, whole, at - 1, whole.gather(1, at[:, None])[:, 0], encoded.positions)
-
-# %% ../../nbs/23_addition_circuits.ipynb #18023d21
-ABLATIONS = ("zero", "mean", "resample")
-
-def parts_of(model: TransformerBridge) -> list[tuple[str, str, int, int | None]]:
-    "The parts that are asked about, as (name, component, layer, head): heads layer by layer, and MLPs."
-    layers = range(model.cfg.n_layers)
-    return [(head_label(layer, head), "z", layer, head) for layer in layers for head in range(model.cfg.n_heads)] + [(f"MLP {layer}", "mlp_out", layer, None) for layer in layers]
-
-def _scanned(model: TransformerBridge, scan: Callable[[str], Tensor]) -> dict[str, Float[np.ndarray, "problem"]]:
-    "For each part the values of its cell; `scan(component)` gives `[problem, layer, head]` for `z` and `[problem, layer]` for `mlp_out`."
-    found = {component: scan(component).double().cpu().numpy() for component in ("z", "mlp_out")}
-    return {name: found[component][:, layer] if head is None else found[component][:, layer, head] for name, component, layer, head in parts_of(model)}
-
-def ablated(model: TransformerBridge, asked: Asked, method: str) -> dict[str, Float[np.ndarray, "problem"]]:
-    "For each part, whether each digit was right with it (1) or without it (-1) alone; 0 where taking it away changes nothing."
-    return _scanned(model, lambda component: -ablation_scan(model, asked.rows, component=component, method=method, metric=asked.metric()).changes)
-
-# %% ../../nbs/23_addition_circuits.ipynb #f2142fce
-PAIRS = ("a_tens", "a_units", "b_tens", "b_units", "carry")
-
-def place_asked(kind: str) -> str:
-    "The place of the answer at which the two problems of a pair differ."
-    return "tens" if check_choice("kind", kind, PAIRS) == "carry" else kind.partition("_")[2]
-
-def partner(a: int, b: int, kind: str, draw: np.random.Generator) -> tuple[int, int] | None:
-    "Operands that differ from these in just what `kind` says, drawn at random; None where there are none."
-    def alike(x: int, y: int) -> bool:
-        "Whether carries, or for `carry` the other digits of the answer, are those of `a` and `b`."
-        same = (x + y) // 100 == (a + b) // 100
-        carries = (x % 10 + y % 10 >= 10) == (a % 10 + b % 10 >= 10)
-        return same and (carries if kind != "carry" else not carries and (x + y) % 10 == (a + b) % 10)
-    if kind == "carry": options = [(a - a % 10 + u, b - b % 10 + v) for u in range(10) for v in range(10) if u != a % 10 and v != b % 10]
-    else:
-        scale, least = (10, 1) if kind.endswith("tens") else (1, 0)
-        numbers = [number - number // scale % 10 * scale + digit * scale for number in [a if kind[0] == "a" else b] for digit in range(least, 10)]
-        options = [(number, b) if kind[0] == "a" else (a, number) for number in numbers if number != (a if kind[0] == "a" else b)]
-    options = [pair for pair in options if alike(*pair)]
-    return options[draw.integers(len(options))] if options else None
-
-def flip_pairs(kind: str, split: str, n: int, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Up to `n` pairs of problems that differ in `kind` alone, row by row: the first from a split, the second any two-digit problem but those of the confirmation split."
-    import pandas as pd
-    place_asked(kind)
-    draw, pairs = np.random.default_rng(seed), []
-    known = set(zip(*(sums_of("confirmation")[name] for name in "ab")))
-    for a, b in zip(*(problems_of(split)[name] for name in "ab")):
-        other = partner(int(a), int(b), kind, draw)
-        if other is not None and (other not in known or split == "confirmation"): pairs.append((int(a), int(b), *other))
-        if len(pairs) == n: break
-    first, second = (addition_problems([pair[i] for pair in pairs], [pair[i + 1] for pair in pairs]) for i in (0, 2))
-    return first, second
-
-# %% ../../nbs/23_addition_circuits.ipynb #5fd14ef9
-def known_pairs(model: TransformerBridge, kind: str, split: str, n: int, wording: str = "question", length: int | None = None) -> tuple[Asked, Asked]:
-    "Pairs both of which the model answers right, whole (of `n`, with answers of `length` digits if given); an `InputError` where there are fewer than ten."
-    first, second = flip_pairs(kind, split, n)
-    if length is not None: first, second = (problems[first.answer.astype(str).str.len() == length].reset_index(drop=True) for problems in (first, second))
-    right = [(evaluate_addition(model, problems, [wording]).kind == "right").to_numpy() for problems in (first, second)]
-    both = right[0] & right[1]
-    if both.sum() < 10: raise InputError("model", f"{int(both.sum())} of {len(both)} pairs answered right", "there is nothing to explain: at least 10 are needed")
-    first, second = (ask(model, problems[both], place_asked(kind), wording) for problems in (first, second))
-    return first, second
-
-def flips(model: TransformerBridge, first: Asked, second: Asked, shuffled: bool = False) -> dict[str, Float[np.ndarray, "pair"]]:
-    "For each part, whether the first problem's digit flips to the second's (1 or 0) when the part's output is that of the second; with `shuffled`, that of the next pair's second."
-    source = second.rows.roll(-1, 0) if shuffled else second.rows
-    return _scanned(model, lambda component: patch_scan(model, source, first.rows, component=component, positions="all", metric=first.metric(second.token)).patched)
+# %% auto #0
+__all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'DIGITS', 'Cell', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DESIGN', 'STAGES',
+           'attention_to', 'read_flips', 'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'spanned',
+           'subspace_flips', 'carry_bases', 'addition_algorithm', 'operand_digits', 'head_parts', 'interchanged',
+           'algorithm_rows', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings',
+           'save_activations', 'digit_leads', 'lead_differences', 'studied', 'early_name', 'course_of',
+           'accuracy_stage', 'halfway_stage', 'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage',
+           'carry_stage', 'algorithm_stage', 'waves_stage', 'analyse', 'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #420e9ec0
 DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
@@ -251,18 +59,6 @@ def read_flips(model: TransformerBridge, first: Asked, second: Asked) -> Float[n
     return scan.patched.double().nanmean(0).cpu().numpy()[:, :int(first.at.max()) + 1]
 
 # %% ../../nbs/23_addition_circuits.ipynb #01053818
-def streams(model: TransformerBridge, asked: Asked) -> dict[str, Float[Tensor, "problem pos d_model"]]:
-    "The residual streams by what has been passed: `embed`, `0`, `1` and so on."
-    import torch
-    names = {"embed": hook_name(model, "resid_pre", 0)} | {str(layer): hook_name(model, "resid_post", layer) for layer in range(model.cfg.n_layers)}
-    seen = [capture(model, rows, names.values())[1] for rows in asked.rows.split(CHUNK)]
-    return {passed: torch.cat([some[name] for some in seen]) for passed, name in names.items()}
-
-def at_place(stream: Float[Tensor, "problem pos d_model"], at: Int[Tensor, "problem"]) -> Float[Tensor, "problem d_model"]:
-    "The stream of each problem at one position."
-    import torch
-    return stream[torch.arange(len(stream)), at]
-
 def probe_accuracy(train: Float[Tensor, "some d_model"], labels: Bool[Tensor, "some"], test: Float[Tensor, "other d_model"], truth: Bool[Tensor, "other"], ridge: float = 1e-3) -> Float[np.ndarray, "other"]:
     "For each test problem whether a linear probe fitted on the others is right (1 or 0); `ridge` is relative to the mean square of the features."
     import torch
@@ -272,10 +68,6 @@ def probe_accuracy(train: Float[Tensor, "some d_model"], labels: Bool[Tensor, "s
     said = (test.double() - mean) @ weights + labels.double().mean() > 0.5
     return (said == truth).double().numpy()
 
-def carries(problems: pd.DataFrame) -> Bool[Tensor, "problem"]:
-    "Whether the units of each problem carry."
-    import torch
-    return torch.tensor((problems.a % 10 + problems.b % 10 >= 10).to_numpy())
 
 # %% ../../nbs/23_addition_circuits.ipynb #cb8a13fa
 def moved_digits(model: TransformerBridge, asked: Asked, layer: int, moves: Mapping[str, Float[Tensor, "problem d_model"]]) -> Int[np.ndarray, "problem"]:
