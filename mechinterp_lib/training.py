@@ -92,10 +92,10 @@ def gpt2(n_layer: int, n_head: int, n_embd: int, *, dropout: float = 0.1, n_ctx:
 def recipes() -> dict[str, Recipe]:
     "The recipes that this project ships, by name."
     two_layer = {"class": "attention_only", "d_vocab": 65, "n_ctx": 128, "d_model": 128, "n_layers": 2, "n_heads": 4, "d_head": 32}
-    shared, rope = {"vocab_size": len(PROBLEM_ALPHABET), "eos_token_id": 0, "initializer_range": 0.1}, {"rope_type": "default", "rope_theta": 10_000.0}
+    letters = {"vocab_size": len(PROBLEM_ALPHABET), "eos_token_id": 0}
     qwen3 = {"class": "Qwen3ForCausalLM", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-             "max_position_embeddings": 64, "rope_parameters": rope, "tie_word_embeddings": True}
-    sums = {"corpus": None, "wordings": ("question", "sum", "plus", "bare"), "n_ctx": 28, "steps": 1200, "batch_size": 128, "lr": 3e-3, "min_lr": 0.0, "weight_decay": 0.3, "eval_every": 25}
+             "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "tie_word_embeddings": True, "initializer_range": 0.15}
+    sums = {"corpus": None, "wordings": ("question", "sum", "plus", "bare"), "n_ctx": 28, "min_lr": 0.0, "weight_decay": 0.3}
     return {recipe.name: recipe for recipe in (
         Recipe("shakespeare", gpt2(6, 6, 384, dropout=0.2), snapshots=SNAPSHOTS, patience=1000),
         Recipe("shakespeare-small", gpt2(6, 6, 192), snapshots=SNAPSHOTS),
@@ -103,8 +103,8 @@ def recipes() -> dict[str, Recipe]:
                snapshots=SNAPSHOTS),
         Recipe("induction-2l", two_layer, corpus=None, steps=4000, batch_size=32, eval_every=100, weight_decay=0.01,
                snapshots=(*range(0, 1000, 50), *range(1000, 4001, 150))),
-        Recipe("addition-gpt2", gpt2(2, 4, 128, dropout=0.0, n_ctx=64) | shared, **sums),
-        Recipe("addition-qwen", qwen3 | shared, **sums),
+        Recipe("addition-gpt2", gpt2(2, 4, 128, dropout=0.0, n_ctx=64) | letters | {"initializer_range": 0.1}, steps=1200, batch_size=128, lr=3e-3, eval_every=25, **sums),
+        Recipe("addition-qwen", qwen3 | letters, steps=3000, lr=4e-3, eval_every=50, **sums),
     )}
 
 def load_recipe(name: str) -> Recipe:

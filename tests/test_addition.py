@@ -65,7 +65,7 @@ def test_the_recipe_is_the_shipped_one(name):
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "Qwen2ForCausalLM"])
 def test_a_model_of_ones_own_that_is_never_right_gives_nothing_to_explain(kind, tmp_path, capsys):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    import transformers
+    import torch, transformers
     from mechinterp_lib.cli import main
     from mechinterp_lib.data import addition_problems, spell
     bpe, spelled = Tokenizer(models.BPE()), spell(addition_problems())
@@ -73,6 +73,7 @@ def test_a_model_of_ones_own_that_is_never_right_gives_nothing_to_explain(kind, 
     bpe.train_from_iterator(spelled["prompt"] + spelled["completion"], trainers.BpeTrainer(vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     config = {"GPT2LMHeadModel": lambda: transformers.GPT2Config(vocab_size=400, n_positions=64, n_embd=32, n_layer=1, n_head=2),
               "Qwen2ForCausalLM": lambda: transformers.Qwen2Config(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)}[kind]()
+    torch.manual_seed(0)
     getattr(transformers, kind)(config).save_pretrained(tmp_path / "mine")
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(tmp_path / "mine")
     assert main(["run", "addition_circuits", "--model", str(tmp_path / "mine"), "--out", str(tmp_path / "out")]) == 2
