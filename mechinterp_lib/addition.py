@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Sequence
+from typing import TYPE_CHECKING, Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CHUNK', 'ERRORS', 'ABLATIONS', 'PAIRS', 'PAIR_KINDS', 'problems_of', 'completions', 'parse_answer', 'answer_kind',
            'evaluate_addition', 'summary_of', 'favourite', 'Asked', 'ask', 'parts_of', 'ablated', 'place_asked',
-           'partner', 'flip_pairs', 'known_pairs', 'flips', 'streams', 'at_place', 'carries']
+           'partner', 'flip_pairs', 'known_pairs', 'flips', 'activations_of', 'streams', 'at_place', 'carries']
 
 # %% ../nbs/14_addition.ipynb #54104173
 CHUNK = 100                                                                                    # rows that go through a model at once
@@ -222,12 +222,15 @@ def flips(model: TransformerBridge, first: Asked, second: Asked, shuffled: bool 
     return _scanned(model, lambda component: patch_scan(model, source, first.rows, component=component, positions="all", metric=first.metric(second.token)).patched)
 
 # %% ../nbs/14_addition.ipynb #bad5cb08
+def activations_of(model: TransformerBridge, asked: Asked, names: Mapping[Hashable, str]) -> dict[Hashable, Float[Tensor, "problem pos ..."]]:
+    "The activations of all problems, on the processor; `names` gives each a name of its own and that of its hook."
+    import torch
+    seen = [capture(model, rows, names.values())[1] for rows in asked.rows.split(CHUNK)]
+    return {own: torch.cat([some[name].cpu() for some in seen]) for own, name in names.items()}
+
 def streams(model: TransformerBridge, asked: Asked) -> dict[str, Float[Tensor, "problem pos d_model"]]:
     "The residual streams by what has been passed: `embed`, `0`, `1` and so on."
-    import torch
-    names = {"embed": hook_name(model, "resid_pre", 0)} | {str(layer): hook_name(model, "resid_post", layer) for layer in range(model.cfg.n_layers)}
-    seen = [capture(model, rows, names.values())[1] for rows in asked.rows.split(CHUNK)]
-    return {passed: torch.cat([some[name] for some in seen]) for passed, name in names.items()}
+    return activations_of(model, asked, {"embed": hook_name(model, "resid_pre", 0)} | {str(layer): hook_name(model, "resid_post", layer) for layer in range(model.cfg.n_layers)})
 
 def at_place(stream: Float[Tensor, "problem pos d_model"], at: Int[Tensor, "problem"]) -> Float[Tensor, "problem d_model"]:
     "The stream of each problem at one position."

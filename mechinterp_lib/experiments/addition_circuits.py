@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from ..activation_patching import patch_scan
-from ..addition import ABLATIONS, CHUNK, PAIRS, Asked, ablated, ask, at_place, carries, evaluate_addition, favourite, flips, known_pairs, problems_of, streams, summary_of
+from ..activation_patching import Task, logit_diff
+from ..addition import ABLATIONS, CHUNK, ERRORS, PAIRS, Asked, ablated, activations_of, ask, at_place, carries, evaluate_addition, favourite, flips, known_pairs, problems_of, streams, summary_of
+from ..circuits import Runner, evaluate_circuit, find_circuit, halves
 from ..core import InputError, Result, Stage, atomic_path, home, read_json, write_text
 from ..data import PLACES, addition_problems
 from ..interventions import Edit, Replay, capture, hook_name, norm_gain
@@ -29,15 +30,24 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 EXPERIMENT, TRAINED, FRESH = "addition_circuits", ("question", "sum", "plus", "bare"), "add"
+PROBLEMS, FLIP_PAIRS, LEARNED = 300, 200, 2000                                                 # how many test problems, pairs, and training problems a question is put to
 
 # %% auto #0
-__all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'DIGITS', 'Cell', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DESIGN', 'STAGES',
-           'attention_to', 'read_flips', 'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'spanned',
-           'subspace_flips', 'carry_bases', 'addition_algorithm', 'operand_digits', 'head_parts', 'interchanged',
-           'algorithm_rows', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings',
-           'save_activations', 'digit_leads', 'lead_differences', 'studied', 'early_name', 'course_of',
-           'accuracy_stage', 'halfway_stage', 'ablation_stage', 'flip_rows', 'best_part', 'flips_stage', 'reads_stage',
-           'carry_stage', 'algorithm_stage', 'waves_stage', 'analyse', 'findings']
+__all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DIGITS', 'VARIABLES', 'Cell', 'CIRCUITS',
+           'DESIGN', 'KEPT', 'LOOKED_AT', 'Asks', 'PARTS', 'CIRCUIT_NUMBERS', 'STAGES', 'attention_to',
+           'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm', 'operand_digits',
+           'expected_digits', 'layer_cells', 'cell_name', 'cell_values', 'cell_edits', 'both_runs', 'interchanged',
+           'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by', 'exchange_sets', 'with_others',
+           'algorithm_rows', 'explained', 'side_by_side', 'activation_rows', 'spanned', 'carry_bases', 'subspace_flips',
+           'carry_exchanges', 'digit_task', 'circuit_row', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves',
+           'digit_embeddings', 'without_patterns', 'wave_patterns', 'random_patterns', 'right_without', 'label_means',
+           'save_activations', 'digit_leads', 'lead_differences', 'studied', 'untrained_twin', 'early_name',
+           'for_each_model', 'gathered', 'course_of', 'accuracy_of', 'accuracy_stage', 'halfway_of', 'halfway_stage',
+           'ablation_of', 'ablation_stage', 'flip_rows', 'best_part', 'flips_of', 'flips_stage', 'places_of',
+           'places_stage', 'place_maps', 'way_distances', 'silhouette', 'best_groups', 'ways_of', 'resampled_ways',
+           'mixed_silhouettes', 'ways_results', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage',
+           'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage', 'beyond', 'beyond_of', 'beyond_stage', 'analyse',
+           'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #420e9ec0
 DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
@@ -52,11 +62,6 @@ def attention_to(model: TransformerBridge, asked: Asked) -> Float[np.ndarray, "l
         looked = torch.stack([patterns[name][row, :, asked.at[rows]] for name in names], 1)         # [problem, layer, head, key_pos]
         found.append(torch.stack([looked[row, :, :, asked.positions[digit][rows]] for digit in DIGITS], -1))
     return torch.cat(found).mean(0).double().numpy()
-
-def read_flips(model: TransformerBridge, first: Asked, second: Asked) -> Float[np.ndarray, "layer pos"]:
-    "The share of pairs that flip when the values of a layer at a position, in all heads, are those of the second problem; positions are those of the prompt up to the one that is asked."
-    scan = patch_scan(model, second.rows, first.rows, component="v", positions="each", heads="all", metric=first.metric(second.token))
-    return scan.patched.double().nanmean(0).cpu().numpy()[:, :int(first.at.max()) + 1]
 
 # %% ../../nbs/23_addition_circuits.ipynb #01053818
 def probe_accuracy(train: Float[Tensor, "some d_model"], labels: Bool[Tensor, "some"], test: Float[Tensor, "other d_model"], truth: Bool[Tensor, "other"], ridge: float = 1e-3) -> Float[np.ndarray, "other"]:
@@ -98,28 +103,6 @@ def carry_moves(model: TransformerBridge, learned: Asked, stream: Float[Tensor, 
         found[name] = {"moved": (said == ids[(tens + sign.numpy()) % 10]).astype(float), "stayed": (said == ids[tens]).astype(float)}
     return found
 
-# %% ../../nbs/23_addition_circuits.ipynb #3ccdfa4b
-def spanned(stream: Float[Tensor, "problem d_model"], labels: Int[Tensor, "problem"], keep: float = 1e-3) -> Float[Tensor, "d_model dim"]:
-    "An orthonormal basis of what the means by label span, about their own mean; directions that hold less than `keep` of the largest are left out."
-    import torch
-    means = torch.stack([stream[labels == label].mean(0) for label in labels.unique()])
-    values, rows = torch.linalg.svd(means - means.mean(0), full_matrices=False)[1:]
-    return rows[values > keep * values[0]].T
-
-def subspace_flips(model: TransformerBridge, first: Asked, second: Asked, layer: int, bases: Mapping[str, Mapping[str, Float[Tensor, "d_model dim"]]]) -> dict[str, Float[np.ndarray, "pair"]]:
-    "For each subspace, whether the first problem's digit flips to the second's (1 or 0) when the stream after a layer is the second's in that subspace, at the places of the answer named in `bases[place][subspace]`."
-    seen, wanted = [streams(model, one)[str(layer)] for one in (first, second)], second.token.numpy()
-    gaps = {place: at_place(seen[1], second.place(place)) - at_place(seen[0], first.place(place)) for place in bases}
-    return {name: (moved_digits(model, first, layer, {place: gap @ bases[place][name] @ bases[place][name].T for place, gap in gaps.items()}) == wanted).astype(float) for name in bases["asked"]}
-
-def carry_bases(learned: Asked, stream: Float[Tensor, "problem d_model"], seed: int = 0) -> dict[str, Float[Tensor, "d_model dim"]]:
-    "The subspaces of the text above, from the `stream` of the `learned` problems."
-    import torch
-    sums = torch.tensor((learned.problems.a % 10 + learned.problems.b % 10).to_numpy())
-    found = {"carry": spanned(stream, carries(learned.problems).long()), "sum": spanned(stream, sums)}
-    random = torch.randn(stream.shape[1], found["sum"].shape[1], generator=torch.Generator().manual_seed(seed))
-    return found | {"random": torch.linalg.qr(random)[0], "all": torch.eye(stream.shape[1])}
-
 # %% ../../nbs/23_addition_circuits.ipynb #9262ce4a
 def addition_algorithm(same: Int[np.ndarray, "problem two"], below: Int[np.ndarray, "problem two"], begins: bool) -> Int[np.ndarray, "problem"]:
     "The digit that is said, from both operands' digits at its place and at the place below (zeros for the units); `begins`: whether it is the first of the answer."
@@ -130,49 +113,227 @@ def operand_digits(problems: pd.DataFrame, place: str | None) -> Int[np.ndarray,
     "Both operands' digits at a place; zeros for None."
     return np.zeros((len(problems), 2), dtype=int) if place is None else problems[["a", "b"]].to_numpy() // 10 ** PLACES.index(place) % 10
 
-Cell = tuple    # a head of layer 0, and the place, `asked` or `first`, at which its output counts
+VARIABLES = ("a_same", "b_same", "a_below", "b_below")                                       # the operands' digits at the place that is asked for, and at the one below
 
-def head_parts(model: TransformerBridge, place: str, length: int, n: int = 300, least: float = 0.3) -> dict[str, list[Cell]]:
-    "Which heads of layer 0 bring, where, the digits of the `same` place and which those of the place `below`, for answers of `length` digits; the `rest` does neither."
-    problems = problems_of("train")
-    asked = ask(model, problems[problems.answer.astype(str).str.len() == length].head(n), place)
-    wanted = {"same": place, "below": dict(tens="units").get(place)}
-    found: dict[str, list[Cell]] = {"same": [], "below": [], "rest": []}
-    for where in ("asked", "first") if (asked.place("first") != asked.at).any() else ("asked",):
-        attention = attention_to(model, replace(asked, at=asked.place(where)))[0]
-        for head, looked in enumerate(attention):
-            mass = {part: sum(looked[DIGITS.index(f"{operand}_{digits}")] for operand in "ab") if digits else 0.0 for part, digits in wanted.items()}
-            part = max(mass, key=mass.get)
-            found[part if mass[part] >= least else "rest"].append((head, where))
-    return found
+def expected_digits(asked: Asked, other: Asked, place: str, taken: Collection[str]) -> Int[np.ndarray, "problem"]:
+    "The digit that the function says where these of `VARIABLES` are as in the other problems; -1 where a hundred is written already and the mixed digits do not make one."
+    below = dict(tens="units").get(place)
+    digits = {name: [operand_digits(problems, where) for problems in (asked.problems, other.problems)] for name, where in (("same", place), ("below", below))}
+    mixed = {name: np.stack([both[f"{operand}_{name}" in taken][:, i] for i, operand in enumerate("ab")], 1) for name, both in digits.items()}
+    begins = bool((asked.place("first") == asked.at).all())
+    said = addition_algorithm(mixed["same"], mixed["below"], begins)
+    return said if place != "tens" or begins else np.where(mixed["same"].sum(1) + (mixed["below"].sum(1) >= 10) >= 10, said, -1)
+
 
 # %% ../../nbs/23_addition_circuits.ipynb #fab00812
-def interchanged(model: TransformerBridge, base: Asked, source: Asked, cells: Sequence[Cell]) -> Int[np.ndarray, "problem"]:
-    "The token that each base problem's run says where the digit is asked for, with these outputs of heads of layer 0 as in the source problem's run, whose answer is as long."
-    import torch
-    row = torch.arange(n := len(base.rows))
-    replay, edits = Replay(model, torch.cat([base.rows, source.rows]), keep=["z"]), []
-    for head, where in cells:
-        at = base.place(where)
-        edits.append(Edit("z", 0, row, replay.kept["z"][0][n:][row, at, head], at, torch.full_like(row, head)))
-    return replay.run(edits, row, torch.cat([base.at, source.at])[:, None].numpy())[:, 0].argmax(-1).numpy()
+Cell = tuple    # an output of layer 0: component, head (None: the stream), position
 
-def algorithm_rows(model: TransformerBridge, length: int, seed: int = 0) -> list[dict]:
-    "For each place and part: how often the model says what the algorithm says of mixed inputs, among the problems whose digit that changes (`exchanged`), beside how often when all other heads' outputs are exchanged instead (`others`)."
+def layer_cells(model: TransformerBridge, asked: Asked) -> list[Cell]:
+    "The outputs of layer 0 through which the answer hears of the operands: at their digits the stream behind its attention, at every place after the first of them, up to the digit that is asked for, each head by itself."
+    digits = [int(asked.positions[digit][0]) for digit in DIGITS]
+    others = [pos for pos in range(min(digits), int(asked.at[0]) + 1) if pos not in digits]
+    return [("resid_mid", None, pos) for pos in digits] + [("z", head, pos) for pos in others for head in range(model.cfg.n_heads)]
+
+def cell_name(cell: Cell, asked: Asked) -> str:
+    "A cell in words: the head, or the stream, and the place."
+    names = {int(at[0]): name for name, at in asked.positions.items()} | {int(asked.place("first")[0]): "first"} | {int(asked.at[0]): "asked"}
+    return f"{'stream' if cell[1] is None else head_label(0, cell[1])}@{names.get(cell[2], cell[2])}"
+
+def cell_values(seen: Mapping[str, Float[Tensor, "prompt pos ..."]], cells: Sequence[Cell], prompts: Int[Tensor, "row"] | slice = slice(None)) -> list[Float[Tensor, "row width"]]:
+    "What each cell holds in these prompts' runs; `seen` has `z` and `resid_mid` of layer 0."
+    return [seen[component][prompts, pos] if head is None else seen[component][prompts, pos, head] for component, head, pos in cells]
+
+def cell_edits(cells: Sequence[Cell], rows: Int[Tensor, "row"], values: Sequence[Float[Tensor, "row width"]]) -> list[Edit]:
+    "Put these values into the cells of these rows."
+    import torch
+    return [Edit(component, 0, rows, value, torch.full_like(rows, pos), None if head is None else torch.full_like(rows, head)) for (component, head, pos), value in zip(cells, values)]
+
+def both_runs(model: TransformerBridge, base: Asked, source: Asked) -> tuple[Replay, dict[str, Float[Tensor, "prompt pos ..."]], Int[np.ndarray, "prompt read"]]:
+    "A replay of all problems, first those of `base`, then those of `source`; what layer 0 puts out in it; and the positions that are read."
+    import torch
+    replay = Replay(model, torch.cat([base.rows, source.rows]), keep=["z", "resid_mid"])
+    return replay, {component: replay.kept[component][0] for component in ("z", "resid_mid")}, torch.cat([base.at, source.at])[:, None].numpy()
+
+def interchanged(model: TransformerBridge, base: Asked, source: Asked, some: Sequence[Sequence[Cell]]) -> Float[Tensor, "exchange problem d_vocab"]:
+    "The logits of each base problem's run where the digit is asked for, each time with these cells as in the source problem's run, whose answer is as long."
+    import torch
+    row, (replay, seen, read) = torch.arange(n := len(base.rows)), both_runs(model, base, source)
+    edits = [edit for i, cells in enumerate(some) for edit in cell_edits(cells, row + i * n, cell_values(seen, cells, row + n))]
+    return replay.run(edits, row.repeat(len(some)), read)[:, 0].view(len(some), n, -1)
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #685bbfa2
+def place_flips(model: TransformerBridge, first: Asked, second: Asked) -> dict[str, Float[np.ndarray, "pair"]]:
+    "For each place from the first operand on, by name (`asked`: where the digit is asked for) or position, and for all but that (`before`): whether the first problem's digit flips to the second's (1 or 0) when all outputs of layer 0 there are the second's."
+    places, at = {}, int(first.at[0])
+    for cell in layer_cells(model, first): places.setdefault(cell_name(cell, first).partition("@")[2], []).append(cell)
+    places["before"] = [cell for cell in layer_cells(model, first) if cell[2] != at]
+    logits = interchanged(model, first, second, list(places.values()))
+    return {name: (said == second.token).double().numpy() for name, said in zip(places, logits.argmax(-1))}
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #592cdaa8
+def attention_parts(model: TransformerBridge, place: str, length: int, n: int = 300, least: float = 0.3) -> dict[str, list[Cell]]:
+    "Which heads of layer 0 bring, where, the digits of the `same` place and which those of the place `below`, by their attention in training problems with answers of `length` digits; the `rest` does neither."
+    problems = problems_of("train")
+    asked = ask(model, problems[problems.answer.astype(str).str.len() == length].head(n), place)
+    wanted, found = {"same": place, "below": dict(tens="units").get(place)}, {"same": [], "below": [], "rest": []}
+    for at in (asked.at, asked.place("first")) if (asked.place("first") != asked.at).any() else (asked.at,):
+        for head, looked in enumerate(attention_to(model, replace(asked, at=at))[0]):
+            mass = {part: sum(looked[DIGITS.index(f"{operand}_{digits}")] for operand in "ab") if digits else 0.0 for part, digits in wanted.items()}
+            part = max(mass, key=mass.get)
+            found[part if mass[part] >= least else "rest"].append(("z", head, int(at[0])))
+    return found
+
+def cell_effects(model: TransformerBridge, place: str, length: int, n: int = 200) -> dict[str, dict[Cell, float]]:
+    "For each variable, how far each cell alone moves the answer towards the other problem's in pairs of training problems in which that digit alone is another: logit of the other problem's digit less that of the own, as a share of the way between the two runs (ratio of means)."
+    found = {}
+    for name, kind in zip(VARIABLES, (f"a_{place}", f"b_{place}", "a_carry", "b_carry") if place == "tens" else (f"a_{place}", f"b_{place}")):
+        first, second = known_pairs(model, kind, "train", n, length=length)
+        cells, row = layer_cells(model, first), np.arange(len(first.rows))
+        logits = interchanged(model, first, second, [[], *([cell] for cell in cells), cells])
+        leads = (logits[:, row, second.token] - logits[:, row, first.token]).double().mean(1).numpy()
+        found[name] = dict(zip(cells, (leads[1:-1] - leads[0]) / (leads[-1] - leads[0])))
+    return found
+
+def effect_parts(effects: Mapping[str, Mapping[Cell, float]], least: float = 0.02) -> dict[str, list[Cell]]:
+    "The cells that bring digits of the `same` place or of that `below`, by an effect of at least `least` for one operand's; the `rest` does neither."
+    cells = list(effects["a_same"])
+    brings = {part: [cell for cell in cells if any(effects[f"{operand}_{part}"][cell] >= least for operand in "ab" if f"{operand}_{part}" in effects)] for part in ("same", "below")}
+    return brings | {"rest": [cell for cell in cells if cell not in brings["same"] + brings["below"]]}
+
+def taken_by(effects: Mapping[str, Mapping[Cell, float]], cells: Collection[Cell]) -> set[str]:
+    "The variables of which these cells bring more than half of what all bring."
+    return {name for name, of in effects.items() if sum(max(0, of[cell]) for cell in cells) > 0.5 * sum(max(0, effect) for effect in of.values())}
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #c6fd69b8
+def exchange_sets(model: TransformerBridge, place: str, length: int, effects: Mapping[str, Mapping[Cell, float]]) -> list[tuple[str, str, list[Cell], set[str]]]:
+    "What is exchanged: how parts were chosen, the part, its cells, and the variables that the function takes from the other problem with them."
+    found = []
+    for by, parts in (("attention", attention_parts(model, place, length)), ("effect", effect_parts(effects))):
+        for part in ("same", "below") if place == "tens" else ("same",):
+            taken = {f"{operand}_{part}" for operand in "ab"}
+            found += [(by, part, parts[part], taken), (by, f"all but {part}", [cell for cells in parts.values() for cell in cells if cell not in parts[part]], taken)]
+    return found + [("effect", "rest", parts["rest"], set())] + [("effect", "one", [cell], taken_by(effects, [cell])) for part in ("same", "below") for cell in parts[part] if part == "same" or cell not in parts["same"]]
+
+def with_others(asked: Asked, seed: int) -> Asked:
+    "The same problems in random order."
+    order = np.random.default_rng(seed).permutation(len(asked.rows))
+    return Asked(asked.problems.iloc[order].reset_index(drop=True), asked.rows[order], asked.at[order], asked.token[order], {name: at[order] for name, at in asked.positions.items()})
+
+def algorithm_rows(model: TransformerBridge, place: str, length: int, effects: Mapping[str, Mapping[Cell, float]], seed: int = 0) -> list[dict]:
+    """For each exchange: how often the model says what the function says, of all problems (`all`, of `of`) and of those whose digit the function changes (`agrees`, of `n`); how often it says anything but its own digit (`moved`), and how often this is what the function says
+    (`moved_agrees`). With `all but` a part exchanged, what counts is what the part would have done: a control."""
     problems, rows = problems_of("test"), []
     ids = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)])
-    for place, below in (("tens", "units"), ("units", None)):
-        asked, parts = ask(model, problems[problems.answer.astype(str).str.len() == length], place), head_parts(model, place, length)
-        order = np.random.default_rng(seed).permutation(len(asked.rows))
-        other = Asked(asked.problems.iloc[order].reset_index(drop=True), asked.rows[order], asked.at[order], asked.token[order], {name: at[order] for name, at in asked.positions.items()})
-        for part in ("same", "below") if below else ("same",):
-            mixed = [operand_digits((other if name == part else asked).problems, where) for name, where in (("same", place), ("below", below))]
-            wanted = ids[addition_algorithm(*mixed, begins=place == "tens" and length == 2)]
-            changes, rest = wanted != asked.token.numpy(), [cell for name, cells in parts.items() if name != part for cell in cells]
-            for what, some in (("exchanged", parts[part]), ("others", rest)):
-                said = interchanged(model, asked, other, some) if some else asked.token.numpy()
-                rows.append({"digits": length, "place": place, "part": part, "cells": " ".join(f"{head_label(0, head)}@{where}" for head, where in some), "what": what, "agrees": (said == wanted)[changes].mean(), "n": int(changes.sum())})
+    asked = ask(model, problems[problems.answer.astype(str).str.len() == length], place)
+    other, own, sets = with_others(asked, seed), asked.token.numpy(), exchange_sets(model, place, length, effects)
+    for (by, part, cells, taken), logits in zip(sets, interchanged(model, asked, other, [cells for _, _, cells, _ in sets])):
+        digits, said = expected_digits(asked, other, place, taken), logits.argmax(-1).numpy()
+        right, possible = said == ids[digits], digits >= 0
+        changes, moved = possible & (ids[digits] != own), possible & (said != own)
+        share = lambda some: right[some].mean() if some.any() else np.nan
+        rows.append({"digits": length, "place": place, "by": by, "part": part, "cells": "" if part.startswith(("all", "rest")) else " ".join(cell_name(cell, asked) for cell in cells), "taken": " ".join(sorted(taken)),
+                     "agrees": share(changes), "n": int(changes.sum()), "all": share(possible), "of": int(possible.sum()), "moved": moved[possible].mean(), "moved_agrees": share(moved)})
     return rows
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #5e64c86a
+def explained(labels: Int[np.ndarray, "some column"], values: Float[np.ndarray, "some width"], new_labels: Int[np.ndarray, "other column"], new_values: Float[np.ndarray, "other width"]) -> float:
+    "The share of the variance of `new_values` that tables tell, one for each column of labels (0 to 19), added up; they are fitted to `values` by least squares."
+    one_hot = lambda of: np.hstack([np.eye(20)[column] for column in of.T])
+    mean = values.mean(0)
+    tables = np.linalg.lstsq(one_hot(labels), values - mean, rcond=None)[0]
+    return float(1 - np.square(new_values - mean - one_hot(new_labels) @ tables).sum() / np.square(new_values - mean).sum())
+
+def side_by_side(model: TransformerBridge, asked: Asked, cells: Sequence[Cell]) -> Float[Tensor, "problem width"]:
+    "The outputs of these cells for all problems."
+    import torch
+    return torch.cat(cell_values(activations_of(model, asked, {component: hook_name(model, component, 0) for component in ("z", "resid_mid")}), cells), 1)
+
+def activation_rows(model: TransformerBridge, place: str, length: int, parts: Mapping[str, Sequence[Cell]], n: int = LEARNED) -> list[dict]:
+    "For each part, and for the stream before the digit that is asked for: the share of the variance that a description tells in test problems with answers of `length` digits, fitted to up to `n` training problems."
+    found = [problems[problems.answer.astype(str).str.len() == length] for problems in (problems_of("train", n), problems_of("test"))]
+    both, rows = [ask(model, problems, place) for problems in found], []
+    digits = {name: [operand_digits(one.problems, name) for one in both] for name in ("tens", "units")}
+    said = [(one.problems.answer.to_numpy() // 10 ** PLACES.index(place) % 10)[:, None] for one in both]
+    def note(of: str, what: str, labels: Sequence[Int[np.ndarray, "some column"]], values: Sequence[Float[np.ndarray, "some width"]]) -> None:
+        "What one description tells of one thing."
+        rows.append({"digits": length, "place": place, "of": of, "what": what, "told": explained(labels[0], values[0], labels[1], values[1]), "n": len(values[1])})
+    for part, own, other in (("same", place, {"tens": "units", "units": "tens"}[place]), ("below", "units", "tens"))[:1 + (place == "tens")]:
+        if not parts[part]: continue
+        values = [side_by_side(model, one, parts[part]).double().numpy() for one in both]
+        note(part, "own digits", digits[own], values), note(part, "other digits", digits[other], values)
+    seen = [streams(model, one) for one in both]
+    for passed in seen[0]:
+        values = [at_place(stream[passed], one.at).double().numpy() for stream, one in zip(seen, both)]
+        if np.square(values[1] - values[0].mean(0)).sum() < 1e-9: continue                            # the same for all problems
+        note(f"stream {passed}", "operands", [np.hstack(pair) for pair in zip(digits["tens"], digits["units"])], values), note(f"stream {passed}", "said", said, values)
+    return rows
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #3ccdfa4b
+def spanned(values: Float[Tensor, "problem width"], labels: Int[Tensor, "problem"], keep: float = 1e-3) -> Float[Tensor, "width dim"]:
+    "An orthonormal basis of what the means by label span, about their own mean; directions that hold less than `keep` of the largest are left out."
+    import torch
+    means = torch.stack([values[labels == label].mean(0) for label in labels.unique()])
+    sizes, rows = torch.linalg.svd(means - means.mean(0), full_matrices=False)[1:]
+    return rows[sizes > keep * sizes[0]].T
+
+def carry_bases(problems: pd.DataFrame, values: Float[Tensor, "problem width"], seed: int = 0) -> dict[str, Float[Tensor, "width dim"]]:
+    "The subspaces of the text above, from what is brought in these problems."
+    import torch
+    found = {"carry": spanned(values, carries(problems).long()), "sum": spanned(values, torch.tensor((problems.a % 10 + problems.b % 10).to_numpy()))}
+    random = torch.randn(values.shape[1], found["sum"].shape[1], generator=torch.Generator().manual_seed(seed))
+    return found | {"random": torch.linalg.qr(random)[0], "all": torch.eye(values.shape[1])}
+
+def subspace_flips(model: TransformerBridge, first: Asked, second: Asked, cells: Sequence[Cell], bases: Mapping[str, Float[Tensor, "width dim"]]) -> dict[str, Float[np.ndarray, "pair"]]:
+    "For each subspace, whether the first problem's digit flips to the second's (1 or 0) when these cells, side by side, are the second's in that subspace."
+    import torch
+    row, (replay, seen, read) = torch.arange(n := len(first.rows)), both_runs(model, first, second)
+    own, other = (cell_values(seen, cells, prompts) for prompts in (row, row + n))
+    gap, widths = torch.cat(other, 1) - torch.cat(own, 1), [value.shape[1] for value in own]
+    edits = [edit for i, basis in enumerate(bases.values()) for edit in cell_edits(cells, row + i * n, [value + part for value, part in zip(own, (gap @ basis @ basis.T).split(widths, 1))])]
+    said = replay.run(edits, row.repeat(len(bases)), read)[:, 0].argmax(-1).view(len(bases), n)
+    return {name: (digits == second.token).double().numpy() for name, digits in zip(bases, said)}
+
+def carry_exchanges(model: TransformerBridge, length: int, cells: Sequence[Cell], seed: int = 0) -> tuple[dict[str, Float[np.ndarray, "pair"]], dict[str, float]]:
+    "`subspace_flips` of carry pairs of the test split, for what these cells bring in training problems; and how many dimensions the sum spans, and the share of the variance along the direction of the carry that a switch (carry or none) and that the sum tells in test problems."
+    both = [ask(model, problems[problems.answer.astype(str).str.len() == length], "tens") for problems in (problems_of("train", LEARNED), problems_of("test"))]
+    values, sums = [side_by_side(model, one, cells) for one in both], [(one.problems.a % 10 + one.problems.b % 10).to_numpy() for one in both]
+    bases = carry_bases(both[0].problems, values[0], seed)
+    along = [(some @ bases["carry"]).double().numpy() for some in values]
+    told = {name: explained(labels[0], along[0], labels[1], along[1]) for name, labels in (("switch", [(total >= 10).astype(int)[:, None] for total in sums]), ("sum", [total[:, None] for total in sums]))}
+    return subspace_flips(model, *known_pairs(model, "carry", "test", FLIP_PAIRS, length=length), cells, bases), {"dimensions": bases["sum"].shape[1], **told}
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #43cf770b
+def digit_task(model: TransformerBridge, place: str, length: int, split: str = "test", n: int = 64, wording: str = "question", seed: int = 0) -> Task:
+    "Up to `n` pairs of problems with answers of `length` digits, both answered right, whose digits at a place differ; the metric is the logit difference between them, where the digit is asked for."
+    problems = problems_of(split)
+    problems = problems[problems.answer.astype(str).str.len() == length].head(3 * n)
+    right = (evaluate_addition(model, problems, [wording]).kind == "right").to_numpy()
+    asked = ask(model, problems[right], place, wording)
+    other = with_others(asked, seed)
+    some = (asked.token != other.token).nonzero()[:n, 0]
+    if len(some) < 4: raise InputError("model", f"{len(some)} pairs of right answers", "there is nothing to explain: at least 4 are needed")
+    return Task(f"{place} of {length} digits", asked.rows[some], other.rows[some], logit_diff(model, asked.token[some], other.token[some], int(asked.at[0])), model.to_str_tokens(asked.rows[0]))
+
+CIRCUITS = (("tens", 2), ("units", 2))
+
+def circuit_row(model: TransformerBridge, place: str, length: int, seed: int = 0) -> tuple[dict, pd.DataFrame]:
+    "What a model's circuit for one digit does on the pairs that did not choose it, and on pairs in other wordings; and its edges."
+    task = digit_task(model, place, length, seed=seed)
+    circuit = find_circuit(model, task)
+    found = evaluate_circuit(model, halves(task)[1], circuit, n_subsets=2)
+    row = {"place": place, "digits": length, "edges": found.n_edges, "edge_share": found.n_edges / found.total, "faithfulness": found.faithfulness, "ci_low": found.ci_low, "ci_high": found.ci_high, "necessity": found.necessity, "incompleteness": found.incompleteness,
+           "least_minimality": min(found.minimality.values()), "best_random": max(found.random), "best_matched": max(found.matched), "p": found.p, "most_outside": max(found.outside), "p_necessity": found.p_necessity, "n": found.n}
+    for wording in TRAINED[1:]:
+        runner = Runner(model, digit_task(model, place, length, wording=wording, seed=seed))
+        row[wording] = float(runner.share(runner(runner.graph.mask(circuit)[None])))
+    return row, circuit.assign(place=place, digits=length)
+
 
 # %% ../../nbs/23_addition_circuits.ipynb #6d416c65
 def wave_shares(vectors: Float[np.ndarray, "digit d_model"]) -> Float[np.ndarray, "frequency"]:
@@ -199,6 +360,40 @@ def digit_embeddings(model: TransformerBridge) -> Float[np.ndarray, "digit d_mod
     "The embeddings of the digits 0 to 9."
     vocabulary = model.tokenizer.get_vocab()
     return model.embed.W_E.detach()[[vocabulary[str(digit)] for digit in range(10)]].double().cpu().numpy()
+
+# %% ../../nbs/23_addition_circuits.ipynb #9673ba47
+def without_patterns(vectors: Float[np.ndarray, "digit d_model"], patterns: Float[np.ndarray, "digit pattern"]) -> Float[np.ndarray, "digit d_model"]:
+    "Vectors of the ten digits without what these orthonormal patterns over the digits hold."
+    return vectors - patterns @ (patterns.T @ vectors)
+
+def wave_patterns(frequencies: Collection[int]) -> Float[np.ndarray, "digit pattern"]:
+    "The orthonormal patterns over the ten digits of these frequencies, 1 to 5: a cosine and a sine each, of the fifth a cosine."
+    turn = 2 * np.pi * np.arange(10) / 10
+    found = np.stack([wave(k * turn) for k in frequencies for wave in (np.cos, np.sin) if not (k == 5 and wave is np.sin)], 1)
+    return found / np.linalg.norm(found, axis=0)
+
+def random_patterns(n: int, seed: int = 0) -> Float[np.ndarray, "digit pattern"]:
+    "`n` random orthonormal patterns over the ten digits that add up to nothing."
+    drawn = np.random.default_rng(seed).normal(size=(10, n))
+    return np.linalg.qr(drawn - drawn.mean(0))[0]
+
+def right_without(model: TransformerBridge, asked: Asked, patterns: Mapping[str, Float[np.ndarray, "digit pattern"]]) -> dict[str, Float[np.ndarray, "problem"]]:
+    "Whether the digit that is asked for is right (1 or 0) with these patterns taken out of the embeddings of the operands' digits."
+    import torch
+    replay, row = Replay(model, asked.rows, keep=["resid_pre"]), torch.arange(n := len(asked.rows))
+    vectors, numbers, edits = digit_embeddings(model), asked.problems[["a", "b"]].to_numpy(), []
+    for i, taken in enumerate(patterns.values()):
+        change = torch.tensor(without_patterns(vectors, taken) - vectors, dtype=replay.kept["resid_pre"][0].dtype)
+        for digit in DIGITS:
+            at, value = asked.positions[digit], numbers[:, "ab".index(digit[0])] // 10 ** PLACES.index(digit[2:]) % 10
+            edits.append(Edit("resid_pre", 0, row + i * n, replay.kept["resid_pre"][0][row, at] + change[value], at))
+    said = replay.run(edits, row.repeat(len(patterns)), asked.at[:, None].numpy())[:, 0].argmax(-1).view(len(patterns), n)
+    return {name: (digits == asked.token).double().numpy() for name, digits in zip(patterns, said)}
+
+def label_means(values: Float[np.ndarray, "problem d_model"], labels: Int[np.ndarray, "problem"]) -> Float[np.ndarray, "digit d_model"]:
+    "The mean of the values of each digit, 0 to 9."
+    return np.stack([values[labels == digit].mean(0) for digit in range(10)])
+
 
 # %% ../../nbs/23_addition_circuits.ipynb #e193aff5
 def save_activations(model: TransformerBridge, problems: pd.DataFrame, folder: str | Path, wording: str = "question") -> Path:
@@ -247,33 +442,52 @@ def lead_differences(leads: Mapping[str, Float[np.ndarray, "problem"]], right: B
     same_side = np.where(table.chosen_on > 0, table.ci_low > 0, table.ci_high < 0)
     return table.assign(confirmed=table.shortlisted & same_side)
 
-# %% ../../nbs/23_addition_circuits.ipynb #2ee62065
-PROBLEMS, FLIP_PAIRS, LEARNED = 300, 200, 2000
+# %% ../../nbs/23_addition_circuits.ipynb #a73ae3eb
+DESIGN, KEPT = range(5), range(5, 10)                                                          # the seeds that were looked at while the analysis was designed, and those that were not
+LOOKED_AT = DESIGN
 
-DESIGN = range(5)                                                                              # the seeds that were looked at while the analysis was designed
+def studied() -> list[Subject]:
+    "The shipped models that add, of the seeds that may be looked at by now."
+    return [subject for subject in shipped_subjects(ADDITION) if subject.seed in LOOKED_AT]
 
-def studied(find: Callable[[Sequence[str]], list[Subject]] = shipped_subjects) -> list[Subject]:
-    "The shipped models that add, or what else is found for their families, of the seeds that may be looked at by now."
-    return [subject for subject in find(ADDITION) if subject.seed in DESIGN]
+def untrained_twin(subject: Subject) -> TransformerBridge:
+    "The subject's architecture with fresh weights."
+    return next(twin for twin in untrained_subjects([subject.family]) if twin.seed == subject.seed).open()
 
 def early_name(subject: Subject) -> str:
     "The name of the model that is kept from halfway through the same training."
     return f"{subject.family}/seed{subject.seed}-early"
 
-def _table(subject: Subject, frame: pd.DataFrame) -> pd.DataFrame:
-    "A frame with the model's family and seed in front."
-    frame.insert(0, "model", subject.family), frame.insert(1, "seed", subject.seed)
-    return frame
+Asks = Callable[[Subject], tuple[dict[str, "pd.DataFrame"], dict[str, float]]]                 # of one model: tables, and numbers by name
 
-def _summed(found: Mapping[tuple[str, str], list[float]], what: Mapping[str, tuple[str, str, tuple[float, float] | None]]) -> dict[str, Result]:
-    "One number for each family and name, from one for each seed; `what[name]` says what it is, its unit and bounds."
+def for_each_model(asks: Asks, subjects: Sequence[Subject]) -> list[tuple[dict[str, pd.DataFrame], dict[str, float]]]:
+    "What each model has to say, in order: as many at a time as there are processors, each with one thread and about half a gigabyte."
+    import os, torch
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from tqdm import tqdm
+    with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(subjects))), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(tqdm(pool.map(asks, subjects), total=len(subjects), desc=asks.__name__, unit="model"))
+
+def gathered(asks: Asks, what: Mapping[str, tuple[str, str, tuple[float, float] | None]]) -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The tables of all models, and one number for each family, group of seeds and name; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
+    import pandas as pd
+    tables, found, subjects = {}, {}, studied()
+    for subject, (frames, numbers) in zip(subjects, for_each_model(asks, subjects)):
+        for name, frame in frames.items():
+            frame.insert(0, "model", subject.family), frame.insert(1, "seed", subject.seed)
+            tables.setdefault(name, []).append(frame)
+        for name, value in numbers.items(): found.setdefault((subject.family, f"{'' if subject.seed in DESIGN else 'kept_'}{name}"), []).append(float(value))
     def one(name: str, values: Sequence[float]) -> Result | None:
-        "The mean over seeds; of what is true of a seed or not, a rate."
-        if what[name][0].startswith("share of seeds"): return rate_result(int(sum(values)), len(values), unit="", how=what[name][0], seeds=len(values))
-        return over_seeds([np.array([value]) for value in values], *what[name])
-    return kept({key(family, name): one(name, values) for (family, name), values in found.items()})
+        "One number from one for each seed."
+        how = what[name.removeprefix("kept_")]
+        if how[0].startswith("share of seeds"): return rate_result(int(sum(values)), len(values), unit="", how=how[0], seeds=len(values))
+        return over_seeds([np.array([value]) for value in values], *how)
+    results = kept({key(family, name): one(name, values) for (family, name), values in found.items()})
+    return results, {name: pd.concat(frames, ignore_index=True).round(4) for name, frames in tables.items()}
 
 
+# %% ../../nbs/23_addition_circuits.ipynb #5debd74f
 def course_of(subject: Subject) -> pd.DataFrame:
     "The training of a shipped model as its record tells it: at each evaluated `step` the share of the test problems, asked as a question, that are right, by `digit` (mean over carry patterns) and by `carry` (whole answers)."
     import pandas as pd
@@ -282,83 +496,81 @@ def course_of(subject: Subject) -> pd.DataFrame:
         by_carry = entry["test"]["question"]
         rows += [{"step": entry["step"], "kind": "carry", "group": carry, "right": found["exact"]} for carry, found in by_carry.items()]
         rows += [{"step": entry["step"], "kind": "digit", "group": place, "right": float(np.mean([found[place] for found in by_carry.values() if place in found]))} for place in PLACES[:3]]
-    return _table(subject, pd.DataFrame(rows))
+    return pd.DataFrame(rows)
 
-# %% ../../nbs/23_addition_circuits.ipynb #5b6506d1
-def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "How often every model is right on the confirmation split, by wording, carries and sum; and of what kind the errors are halfway through training, on the test split."
+def accuracy_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "How often a model is right on the confirmation split, by wording, carries and sum; and of what kind its errors are halfway through training, on the test split."
     import pandas as pd
-    tables, early, courses, results, found = [], [], [], {}, {}
-    for subject in studied():
-        courses.append(course := course_of(subject))
-        for (kind, group), some in course.groupby(["kind", "group"]): found.setdefault((subject.family, f"learned_{kind}_{group}"), []).append(float(lasting_from(some.step.tolist(), some.right.tolist(), 0.9) or some.step.max()))
-        answers = evaluate_addition(subject.open(), problems_of("confirmation"), (*TRAINED, FRESH))
-        usual = answers[answers.wording.isin(TRAINED)]
-        tables += [_table(subject, summary_of(part, by).rename(columns={by: "group"}).assign(by=by)) for by, part in (("wording", answers), ("carry", usual), ("bucket", usual))]
-        halfway = evaluate_addition(load_model(early_name(subject), device="cpu"), problems_of("test"))
-        wrong = halfway[halfway.kind != "right"]
-        early.append(_table(subject, summary_of(halfway, "carry")))
-        for name, value in [(f"accuracy_{wording}", (group.kind == "right").mean()) for wording, group in answers.groupby("wording")] + [
-                ("early_accuracy", (halfway.kind == "right").mean()), ("early_carry_errors", wrong.kind.isin(["dropped carry", "added carry"]).mean()), ("favourite", favourite(usual)[1])]:
-            found.setdefault((subject.family, name), []).append(float(value))
-    table = pd.concat(tables, ignore_index=True)
-    for (family, wording), group in table[table.by == "wording"].groupby(["model", "group"]):
-        worst = group.loc[group.right.idxmin()]
-        results[key(family, f"worst_{wording}")] = rate_result(round(worst.right * worst.n), int(worst.n), unit="", how=f"share of the confirmation problems answered right in the wording {wording}, by the seed that is right least often")
+    course, numbers = course_of(subject), {}
+    for (kind, group), some in course.groupby(["kind", "group"]): numbers[f"learned_{kind}_{group}"] = lasting_from(some.step.tolist(), some.right.tolist(), 0.9) or some.step.max()
+    answers = evaluate_addition(subject.open(), problems_of("confirmation"), (*TRAINED, FRESH))
+    usual, halfway = answers[answers.wording.isin(TRAINED)], evaluate_addition(load_model(early_name(subject), device="cpu"), problems_of("test"))
+    wrong = halfway[halfway.kind != "right"]
+    numbers |= {f"accuracy_{wording}": (group.kind == "right").mean() for wording, group in answers.groupby("wording")}
+    numbers |= {"early_accuracy": (halfway.kind == "right").mean(), "early_carry_errors": wrong.kind.isin(["dropped carry", "added carry"]).mean(), "favourite": favourite(usual)[1], "all_right": (usual.kind == "right").groupby(usual.wording).mean().min() >= 0.999}
+    numbers |= {f"early_{kind.replace(' ', '_')}": (wrong.kind == kind).mean() for kind in ERRORS}
+    accuracy = [summary_of(part, by).rename(columns={by: "group"}).assign(by=by) for by, part in (("wording", answers), ("carry", usual), ("bucket", usual))]
+    return {"accuracy": pd.concat(accuracy, ignore_index=True), "early": summary_of(halfway, "carry"), "course": course}, numbers
+
+def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Accuracy, errors and the course of training of every model."
     what = {f"accuracy_{wording}": (f"share of the confirmation problems answered right in the wording {wording}", "", (0, 1)) for wording in (*TRAINED, FRESH)} | {
         "early_accuracy": ("share of the test problems answered right halfway through training", "", (0, 1)), "early_carry_errors": ("share of the wrong answers that are off by a carry, halfway through training", "", (0, 1)),
+        **{f"early_{kind.replace(' ', '_')}": (f"share of the wrong answers halfway through training that are of the kind: {kind}", "", (0, 1)) for kind in ERRORS},
         **{f"learned_digit_{place}": (f"step from which on nine in ten of the {place} are right", "steps", (0, 10_000)) for place in PLACES[:3]},
         **{f"learned_carry_{carry}": (f"step from which on nine in ten answers are right, problems in which this carries: {carry}", "steps", (0, 10_000)) for carry in ("none", "units", "tens", "both")},
-        "favourite": ("share of answers that are the number said most often", "", (0, 1))}
-    return results | _summed(found, what), {"accuracy": table.round(6), "early": pd.concat(early, ignore_index=True).round(6), "course": pd.concat(courses, ignore_index=True).round(4)}
+        "favourite": ("share of answers that are the number said most often", "", (0, 1)), "all_right": ("share of seeds in which 999 of a thousand confirmation problems are right in each trained wording", "", (0, 1))}
+    return gathered(accuracy_of, what)
 
-# %% ../../nbs/23_addition_circuits.ipynb #e3402421
-def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+
+# %% ../../nbs/23_addition_circuits.ipynb #e8b84d45
+def halfway_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     "Which parts add more to the right digit where the model from halfway through training is right than where it is wrong."
     import pandas as pd
-    tables, found = [], {}
-    for subject in studied():
-        model = load_model(early_name(subject), device="cpu")
-        for place in ("tens", "units"):
-            leads, right = digit_leads(model, ask(model, problems_of("test"), place))
-            found.setdefault((subject.family, f"halfway_{place}_right"), []).append(float(right.mean()))
-            if min(right[::2].sum(), right[1::2].sum(), (~right)[::2].sum(), (~right)[1::2].sum()) < 5: continue                          # too few of one kind to compare
-            table = _table(subject, lead_differences(leads, right).assign(place=place))
-            tables.append(table)
-            some = table[table.part.str.match(r"L\d|layer_\d+_mlp")]
-            for name in ("shortlisted", "confirmed"): found.setdefault((subject.family, f"halfway_{place}_{name}"), []).append(float(some[name].sum()))
-    what = {}
+    tables, numbers, model = [], {}, load_model(early_name(subject), device="cpu")
     for place in ("tens", "units"):
-        what |= {f"halfway_{place}_right": (f"share of the test problems whose {place} are right halfway through training", "", (0, 1)), f"halfway_{place}_shortlisted": (f"heads and MLPs whose lead differs between right and wrong {place}, on every other problem; seeds with errors enough", "parts", (0, 10)),
-                 f"halfway_{place}_confirmed": (f"those of them that do so on the rest, {place}", "parts", (0, 10))}
-    return _summed(found, what), {"halfway": pd.concat(tables, ignore_index=True).round(4)}
+        leads, right = digit_leads(model, ask(model, problems_of("test"), place))
+        numbers[f"halfway_{place}_right"] = right.mean()
+        if min(right[::2].sum(), right[1::2].sum(), (~right)[::2].sum(), (~right)[1::2].sum()) < 5: continue                          # too few of one kind to compare
+        tables.append(table := lead_differences(leads, right).assign(place=place))
+        some = table[table.part.str.match(r"L\d|layer_\d+_mlp")]
+        numbers |= {f"halfway_{place}_{name}": some[name].sum() for name in ("shortlisted", "confirmed")}
+    return {"halfway": pd.concat(tables, ignore_index=True)} if tables else {}, numbers
 
-# %% ../../nbs/23_addition_circuits.ipynb #29700088
-def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "What every head and MLP of every model is missed for: by place of the answer, kind of ablation and carries."
+def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Right and wrong answers of every model halfway through training."
+    return gathered(halfway_of, {f"halfway_{place}_{name}": how for place in ("tens", "units") for name, how in (
+        ("right", (f"share of the test problems whose {place} are right halfway through training", "", (0, 1))), ("shortlisted", (f"heads and MLPs whose lead differs between right and wrong {place}, on every other problem; seeds with errors enough", "parts", (0, 10))),
+        ("confirmed", (f"those of them that do so on the rest, {place}", "parts", (0, 10))))})
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #ccff1881
+def ablation_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "What every head and MLP is missed for: by place of the answer, kind of ablation and carries."
     import pandas as pd
-    rows, found = [], {}
-    for subject in studied():
-        model, own = subject.open(), []
-        for place in PLACES[:3]:
-            asked = ask(model, problems_of("test", PROBLEMS), place)
-            for method in ABLATIONS:
-                for part, lost in ablated(model, asked, method).items():
-                    for carry, some in [("all", slice(None))] + [(carry, (asked.problems.carry == carry).to_numpy()) for carry in asked.problems.carry.unique()]:
-                        own.append({"part": part, "place": place, "method": method, "carry": carry, "lost": lost[some].mean(), "n": len(lost[some])})
-        rows.append(_table(subject, table := pd.DataFrame(own)))
-        most = table[table.carry == "all"].groupby(["method", "part"]).lost.max()
+    model, rows, numbers = subject.open(), [], {}
+    for place in PLACES[:3]:
+        asked = ask(model, problems_of("test", PROBLEMS), place)
         for method in ABLATIONS:
-            heads, mlps = ([value for part, value in most[method].items() if part.startswith("MLP") == mlp] for mlp in (False, True))
-            for name, value in ((f"heads_that_matter_{method}", sum(value > 0.1 for value in heads)), (f"mlps_that_matter_{method}", sum(value > 0.1 for value in mlps)), (f"best_head_lost_{method}", max(heads))):
-                found.setdefault((subject.family, name), []).append(float(value))
-    what = {}
+            for part, lost in ablated(model, asked, method).items():
+                for carry, some in [("all", slice(None))] + [(carry, (asked.problems.carry == carry).to_numpy()) for carry in asked.problems.carry.unique()]:
+                    rows.append({"part": part, "place": place, "method": method, "carry": carry, "lost": lost[some].mean(), "n": len(lost[some])})
+    table = pd.DataFrame(rows)
+    most = table[table.carry == "all"].groupby(["method", "part"]).lost.max()
     for method in ABLATIONS:
-        what |= {f"heads_that_matter_{method}": (f"heads whose {method} ablation costs more than a tenth of the digits at some place", "heads", (0, 8)), f"mlps_that_matter_{method}": (f"the same of the MLPs, {method} ablation", "MLPs", (0, 2)),
-                 f"best_head_lost_{method}": (f"share of the digits that the most important head is missed for, at the place where it is most, {method} ablation", "", (-1, 1))}
-    return _summed(found, what), {"ablation": pd.concat(rows, ignore_index=True).round(4)}
+        heads, mlps = ([value for part, value in most[method].items() if part.startswith("MLP") == mlp] for mlp in (False, True))
+        numbers |= {f"heads_that_matter_{method}": sum(value > 0.1 for value in heads), f"mlps_that_matter_{method}": sum(value > 0.1 for value in mlps), f"best_head_lost_{method}": max(heads),
+                    f"upper_heads_that_matter_{method}": sum(value > 0.1 for part, value in most[method].items() if part.startswith("L1"))}
+    return {"ablation": table}, numbers
 
-# %% ../../nbs/23_addition_circuits.ipynb #c38db65b
+def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "What every head and MLP of every model is missed for."
+    return gathered(ablation_of, {f"{name}_{method}": how for method in ABLATIONS for name, how in (
+        ("heads_that_matter", (f"heads whose {method} ablation costs more than a tenth of the digits at some place", "heads", (0, 8))), ("upper_heads_that_matter", (f"those of them that are in layer 1, {method} ablation", "heads", (0, 4))),
+        ("mlps_that_matter", (f"MLPs whose {method} ablation costs more than a tenth of the digits at some place", "MLPs", (0, 2))), ("best_head_lost", (f"share of the digits that the most important head is missed for, at the place where it is most, {method} ablation", "", (-1, 1))))})
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #f6944c08
 def flip_rows(model: TransformerBridge, kind: str, split: str = "test", n: int = FLIP_PAIRS) -> pd.DataFrame:
     "For each part, how often a pair's digit flips with it alone: on all pairs, with Wilson's interval, on every other pair (`chooses`) and the rest (`measures`), and from another pair's problem (`shuffled`)."
     import pandas as pd
@@ -374,144 +586,295 @@ def best_part(rows: pd.DataFrame, mlp: bool) -> pd.Series:
     some = rows[rows.part.str.startswith("MLP") == mlp]
     return some.loc[some.chooses.idxmax()]
 
+def flips_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "Which part's output carries a changed digit, or the carry, to the answer."
+    import pandas as pd
+    model, numbers = subject.open(), {}
+    table = pd.concat([flip_rows(model, kind) for kind in PAIRS], ignore_index=True)
+    for kind, rows in table.groupby("kind"):
+        head, mlp, heads = best_part(rows, False), best_part(rows, True), rows[~rows.part.str.startswith("MLP")]
+        numbers |= {f"{kind}_best_head": head.measures, f"{kind}_best_head_shuffled": head.shuffled, f"{kind}_best_head_in_layer_0": head.part.startswith("L0"), f"{kind}_head_of_layer_0": head.part.startswith("L0") and head.measures >= 0.5, f"{kind}_one_head": head.measures >= 0.5,
+                    f"{kind}_best_mlp": mlp.measures, f"{kind}_best_mlp_is_0": mlp.part == "MLP 0", f"{kind}_heads_over_half": (heads.flips >= 0.5).sum(), f"{kind}_mean_head": heads.flips.mean()}
+    head = best_part(table[table.kind == "carry"], False).part
+    return {"flips": table}, numbers | {"carry_head_on_digits": table[(table.part == head) & (table.kind != "carry")].flips.max()}
+
 def flips_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Which part's output carries a changed digit, or the carry, to the answer, in every model."
-    import pandas as pd
-    tables, found, what = [], {}, {}
-    for subject in studied():
-        model = subject.open()
-        table = pd.concat([flip_rows(model, kind) for kind in PAIRS], ignore_index=True)
-        tables.append(_table(subject, table))
-        for kind, rows in table.groupby("kind"):
-            head, mlp = best_part(rows, False), best_part(rows, True)
-            heads = rows[~rows.part.str.startswith("MLP")]
-            for name, value in ((f"{kind}_best_head", head.measures), (f"{kind}_best_head_shuffled", head.shuffled), (f"{kind}_best_head_in_layer_0", head.part.startswith("L0")), (f"{kind}_best_mlp", mlp.measures),
-                                (f"{kind}_best_mlp_is_0", mlp.part == "MLP 0"), (f"{kind}_heads_over_half", (heads.flips >= 0.5).sum()), (f"{kind}_mean_head", heads.flips.mean())):
-                found.setdefault((subject.family, name), []).append(float(value))
-        head = best_part(table[table.kind == "carry"], False).part
-        found.setdefault((subject.family, "carry_head_on_digits"), []).append(float(table[(table.part == head) & (table.kind != "carry")].flips.max()))
+    what = {"carry_head_on_digits": ("the most that the head that flips carry pairs best flips of the pairs that differ in one digit, of any of the four kinds", "", (0, 1))}
     for kind in PAIRS:
         pairs = f"pairs that differ in {kind}"
-        what |= {f"{kind}_best_head": (f"share of the {pairs} that one head flips, the best by every other pair, on the rest", "", (0, 1)), f"{kind}_best_head_shuffled": (f"the same head with outputs of another pair, {pairs}", "", (0, 1)),
-                 f"{kind}_best_head_in_layer_0": (f"share of seeds whose best head for {pairs} is in layer 0", "", (0, 1)), f"{kind}_best_mlp": (f"share of the {pairs} that one MLP flips, the best by every other pair, on the rest", "", (0, 1)),
-                 f"{kind}_best_mlp_is_0": (f"share of seeds whose best MLP for {pairs} is that of layer 0", "", (0, 1)), f"{kind}_heads_over_half": (f"heads that alone flip half of the {pairs} or more", "heads", (0, 8)),
-                 f"{kind}_mean_head": (f"share of the {pairs} that a head flips, mean over heads", "", (0, 1))}
-    what["carry_head_on_digits"] = ("the most that the head that flips carry pairs best flips of the pairs that differ in one digit, of any of the four kinds", "", (0, 1))
-    return _summed(found, what), {"flips": pd.concat(tables, ignore_index=True).round(4)}
+        what |= {f"{kind}_{name}": how for name, how in (
+            ("best_head", (f"share of the {pairs} that one head flips, the best by every other pair, on the rest", "", (0, 1))), ("best_head_shuffled", (f"the same head with outputs of another pair, {pairs}", "", (0, 1))),
+            ("best_head_in_layer_0", (f"share of seeds whose best head for {pairs} is in layer 0", "", (0, 1))), ("head_of_layer_0", (f"share of seeds in which one head of layer 0 flips half of the {pairs} or more", "", (0, 1))),
+            ("one_head", (f"share of seeds in which one head flips half of the {pairs} or more", "", (0, 1))), ("best_mlp", (f"share of the {pairs} that one MLP flips, the best by every other pair, on the rest", "", (0, 1))),
+            ("best_mlp_is_0", (f"share of seeds whose best MLP for {pairs} is that of layer 0", "", (0, 1))), ("heads_over_half", (f"heads that alone flip half of the {pairs} or more", "heads", (0, 8))), ("mean_head", (f"share of the {pairs} that a head flips, mean over heads", "", (0, 1))))}
+    return gathered(flips_of, what)
 
-# %% ../../nbs/23_addition_circuits.ipynb #2e6b892c
-def reads_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "Where every head looks when a digit is asked for, and at which positions the values of a layer carry a changed digit, or the carry."
+
+# %% ../../nbs/23_addition_circuits.ipynb #7fd5f45f
+def places_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "Where every head looks when a digit is asked for, and by which places a changed digit, or the carry, goes."
     import pandas as pd
-    looked, read, found = [], [], {}
-    for subject in studied():
-        model = subject.open()
-        for place, length in itertools.product(PLACES[:3], (2, 3)):
-            some = problems_of("test", PROBLEMS)
-            if place == "hundreds" and length == 2: continue
-            asked = ask(model, some[some.answer.astype(str).str.len() == length], place)
-            attention = attention_to(model, asked)
-            looked += [{"model": subject.family, "seed": subject.seed, "place": place, "digits": length, "head": head_label(layer, head), "digit": digit, "attention": attention[layer, head, i], "n": len(asked.rows)}
-                       for layer, head, i in np.ndindex(attention.shape) for digit in [DIGITS[i]]]
-            if place == "hundreds": continue
-            for name in ("tens", "units"):
-                both = attention[..., [DIGITS.index(f"{operand}_{name}") for operand in "ab"]].sum(-1)
-                found.setdefault((subject.family, f"{place}_of_{length}_look_at_{name}"), []).append(float(both.max()))
-        for kind, length in itertools.product(PAIRS, (2, 3)):
-            first, second = known_pairs(model, kind, "test", FLIP_PAIRS, length=length)
-            shares = read_flips(model, first, second)
-            names = {int(at[0]): name for name, at in first.positions.items()} | {int(first.at[0]): "asked"}
-            read += [{"model": subject.family, "seed": subject.seed, "kind": kind, "digits": length, "layer": layer, "pos": pos, "token": model.tokenizer.decode(first.rows[0, pos]), "name": names.get(pos, ""), "flips": shares[layer, pos], "n": len(first.rows)} for layer, pos in np.ndindex(shares.shape)]
-            found.setdefault((subject.family, f"fetched_{kind}_{length}"), []).append(float(shares[1:, :-1].max() >= 0.5))
-    what = {f"{place}_of_{length}_look_at_{name}": (f"the most that a head attends to the {name} of both operands together, where the {place} of an answer of {length} digits are predicted", "", (0, 1)) for place in ("tens", "units") for name in ("tens", "units") for length in (2, 3)}
-    what |= {f"fetched_{kind}_{length}": (f"share of seeds in which layer 1 fetches it from one earlier place: half of the pairs that differ in {kind}, with answers of {length} digits, flip with the values there of layer 1", "", (0, 1)) for kind in PAIRS for length in (2, 3)}
-    return _summed(found, what), {"attention": pd.DataFrame(looked).round(4), "reads": pd.DataFrame(read).round(4)}
+    model, looked, gone, numbers = subject.open(), [], [], {}
+    for place, length in itertools.product(PLACES[:3], (2, 3)):
+        some = problems_of("test", PROBLEMS)
+        if place == "hundreds" and length == 2: continue
+        asked = ask(model, some[some.answer.astype(str).str.len() == length], place)
+        attention = attention_to(model, asked)
+        looked += [{"place": place, "digits": length, "head": head_label(layer, head), "digit": DIGITS[i], "attention": attention[layer, head, i], "n": len(asked.rows)} for layer, head, i in np.ndindex(attention.shape)]
+    for kind, length in itertools.product(PAIRS, (2, 3)):
+        first, second = known_pairs(model, kind, "test", FLIP_PAIRS, length=length)
+        shares = {name: values.mean() for name, values in place_flips(model, first, second).items()}
+        gone += [{"kind": kind, "digits": length, "place": name, "flips": share, "n": len(first.rows)} for name, share in shares.items()]
+        numbers |= {f"fetched_{kind}_{length}": max(share for name, share in shares.items() if name not in ("asked", "before")) >= 0.5, f"on_the_spot_{kind}_{length}": shares["asked"] >= 0.5}
+    return {"attention": pd.DataFrame(looked), "places": pd.DataFrame(gone)}, numbers
 
-# %% ../../nbs/23_addition_circuits.ipynb #23628927
-def carry_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+def places_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Where heads look and by which places digits and carries go, in every model; and how many ways the models go."
+    what = {f"{name}_{kind}_{length}": (f"share of seeds in which half of the pairs that differ in {kind}, with answers of {length} digits, flip with the outputs of layer 0 {where}", "", (0, 1)) for kind in PAIRS for length in (2, 3)
+            for name, where in (("fetched", "at one earlier place"), ("on_the_spot", "where the digit is asked for"))}
+    results, tables = gathered(places_of, what)
+    ways, drawn = ways_of(tables["places"]), resampled_ways(tables["places"])
+    return results | ways_results(tables["places"], ways, drawn), tables | {"ways": ways}
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #85f62dc3
+def place_maps(places: pd.DataFrame) -> pd.DataFrame:
+    "A row for each model and seed; the share that flips by kind, number of digits and place."
+    return places[places.place != "before"].pivot_table(index=["model", "seed"], columns=["kind", "digits", "place"], values="flips")
+
+def way_distances(maps: pd.DataFrame) -> Float[np.ndarray, "model other"]:
+    "For each pair of models half the sum over places of how much the shares differ, mean over kinds of pairs."
+    values, kinds = maps.to_numpy(), maps.columns.droplevel("place").nunique()
+    return np.abs(values[:, None] - values[None]).sum(-1) / 2 / kinds
+
+def silhouette(distances: Float[np.ndarray, "model other"], groups: Int[np.ndarray, "model"]) -> float:
+    "The mean over models of (b - a) / max(a, b), with the mean distance a to the own group and b to the nearest other one; 0 for a model alone (Rousseeuw 1987)."
+    scores = []
+    for i, own in enumerate(groups):
+        means = {group: distances[i][(groups == group) & (np.arange(len(groups)) != i)].mean() if ((groups == group) & (np.arange(len(groups)) != i)).any() else None for group in set(groups)}
+        a, b = means.pop(own), min(means.values())
+        scores.append(0.0 if a is None else (b - a) / max(a, b, 1e-12))
+    return float(np.mean(scores))
+
+def best_groups(distances: Float[np.ndarray, "model other"]) -> tuple[Int[np.ndarray, "model"], float]:
+    "The groups of average linkage with the best silhouette, of two to one less than there are models, and that silhouette."
+    from scipy.cluster.hierarchy import average, fcluster
+    from scipy.spatial.distance import squareform
+    tree = average(squareform(distances, checks=False))
+    options = [groups for k in range(2, len(distances)) for groups in [fcluster(tree, k, "maxclust")] if 1 < len(set(groups)) < len(groups)]
+    best = max(options, key=lambda groups: silhouette(distances, groups))
+    return best, silhouette(distances, best)
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #1f74b9e5
+def ways_of(places: pd.DataFrame) -> pd.DataFrame:
+    "For each model its way, kind by kind, and the group that it belongs to."
+    maps, rows = place_maps(places), []
+    groups = best_groups(way_distances(maps))[0]
+    for (who, shares), group in zip(maps.iterrows(), groups):
+        row = dict(zip(("model", "seed"), who)) | {"group": int(group)}
+        for kind, of in shares.groupby(level=["kind", "digits"]): row[" ".join(map(str, kind))] = of.idxmax()[-1] if of.max() >= 0.5 else "spread"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+def resampled_ways(places: pd.DataFrame, n: int = 200, seed: int = 0) -> pd.DataFrame:
+    "What a new draw of as many pairs would give, `n` times: the number of ways and of groups."
+    draw, rows = np.random.default_rng(seed), []
+    for _ in range(n):
+        ways = ways_of(places.assign(flips=draw.binomial(places.n, places.flips.clip(0, 1)) / places.n))
+        rows.append({"ways": len(ways.drop(columns=["model", "seed", "group"]).drop_duplicates()), "groups": ways.group.nunique()})
+    return pd.DataFrame(rows)
+
+def mixed_silhouettes(maps: pd.DataFrame, n: int = 200, seed: int = 0) -> Float[np.ndarray, "n"]:
+    "The best silhouette of as many models put together at random, each kind of pair from another model."
+    draw, found = np.random.default_rng(seed), []
+    for _ in range(n):
+        parts = [part.T.to_numpy()[draw.permutation(len(maps))] for _, part in maps.T.groupby(level=["kind", "digits"])]
+        values = np.hstack(parts)
+        found.append(best_groups(np.abs(values[:, None] - values[None]).sum(-1) / 2 / len(parts))[1])
+    return np.array(found)
+
+def ways_results(places: pd.DataFrame, ways: pd.DataFrame, drawn: pd.DataFrame) -> dict[str, Result]:
+    "How many ways and groups there are, with what new draws of pairs would give; the silhouette beside that of mixed models; and whether models of one architecture are nearer to each other."
+    maps, signature, n = place_maps(places), ways.drop(columns=["model", "seed", "group"]), len(ways)
+    distances, mixed = way_distances(maps), mixed_silhouettes(maps)
+    family, score = ways.model.to_numpy(), best_groups(distances)[1]
+    upper = np.triu(np.ones((n, n), dtype=bool), 1)
+    same, groups = family[:, None] == family[None], ways.groupby("group").model
+    def spread(value: float, values: Sequence[float], unit: str, how: str) -> Result:
+        "A value with the middle 95% of others."
+        low, high = np.percentile(values, [2.5, 97.5])
+        return Result(float(value), min(float(low), float(value)), max(float(high), float(value)), n=n, seeds=n, unit=unit, how=how)
+    found = {"ways": spread(len(signature.drop_duplicates()), drawn.ways, "ways", "different ways among the models; interval: new draws of the pairs"), "groups": spread(ways.group.nunique(), drawn.groups, "groups", "groups of models by average linkage and silhouette; interval: new draws of the pairs"),
+             "mixed_silhouette": spread(np.median(mixed), mixed, "", "best silhouette of models put together at random, median and middle 95%"), "silhouette_beyond_mixed": rate_result(int((mixed < score).sum()), len(mixed), unit="", how="share of draws of mixed models whose best silhouette is less than that of the models"),
+             "silhouette": spread(score, [score], "", "silhouette of the groups")}
+    for name, some in (("within", upper & same), ("across", upper & ~same)):
+        if some.any(): found[f"distance_{name}"] = spread(distances[some].mean(), distances[some], "", f"distance of two models {'of one architecture' if name == 'within' else 'of different architectures'}, mean and middle 95%")
+    if len(set(family)) > 1: found["groups_of_one_family"] = rate_result(int((groups.nunique() == 1).sum()), groups.ngroups, unit="", how="share of the groups whose models are all of one architecture")
+    return {f"all_{name}": result for name, result in found.items()}
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #75a4cfe1
+def carry_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     "Where the carry from the units can be read, beside shuffled labels and the untrained model, and whether moving it moves the tens."
     import pandas as pd, torch
-    rows, found = [], {}
-    twins = {(twin.family.removesuffix("-untrained"), twin.seed): twin for twin in studied(untrained_subjects)}
-    for subject in studied():
-        opened = {"trained": subject.open(), "untrained": twins[subject.family, subject.seed].open()}
-        for state, model in opened.items():
-            learned, asked = (ask(model, problems, "tens") for problems in (problems_of("train", LEARNED), problems_of("test")))
-            labels, truth = carries(learned.problems), carries(asked.problems)
-            mixed = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(subject.seed))]
-            passed_by = streams(model, learned), streams(model, asked)
-            for where, passed in itertools.product(("asked", "first", "b_units"), passed_by[0]):
-                train, test = (at_place(seen[passed], one.place(where)) for seen, one in zip(passed_by, (learned, asked)))
-                for kind, given in (("", labels), ("_shuffled", mixed)):
-                    right = probe_accuracy(train, given, test, truth).mean()
-                    rows.append({"model": subject.family, "seed": subject.seed, "state": state, "what": f"probe{kind}", "where": where, "passed": passed, "value": right, "n": len(truth)})
-                    found.setdefault((subject.family, f"probe{kind}_{where}_{passed}_{state}"), []).append(float(right))
-            if state == "untrained": continue
-            for layer in range(model.cfg.n_layers):
-                for move, outcome in carry_moves(model, learned, at_place(passed_by[0][str(layer)], learned.at), asked, layer, subject.seed).items():
-                    for name, values in outcome.items():
-                        rows.append({"model": subject.family, "seed": subject.seed, "state": state, "what": f"{move}: {name}", "where": "asked", "passed": str(layer), "value": values.mean(), "n": len(values)})
-                        found.setdefault((subject.family, f"{move.replace(' ', '_')}_{name}_{layer}"), []).append(float(values.mean()))
-            bases = {place: carry_bases(learned, at_place(passed_by[0]["0"], learned.place(place)), subject.seed) for place in ("asked", "first")}
-            for name, values in subspace_flips(model, *known_pairs(model, "carry", "test", FLIP_PAIRS), 0, bases).items():
-                rows.append({"model": subject.family, "seed": subject.seed, "state": state, "what": f"exchanged: {name}", "where": "asked", "passed": "0", "value": values.mean(), "n": len(values)})
-                found.setdefault((subject.family, f"exchanged_{name}"), []).append(float(values.mean()))
-            found.setdefault((subject.family, "sum_dimensions"), []).append(float(bases["asked"]["sum"].shape[1]))
-    return _summed(found, {name: _carry_name(name) for _, name in found}), {"carry": pd.DataFrame(rows).round(4)}
+    rows, numbers, opened = [], {}, {"trained": subject.open(), "untrained": untrained_twin(subject)}
+    def note(state: str, what: str, where: str, passed: str, values: Float[np.ndarray, "some"], name: str) -> None:
+        "A row, and a number."
+        rows.append({"state": state, "what": what, "where": where, "passed": passed, "value": values.mean(), "n": len(values)})
+        numbers[name] = values.mean()
+    for state, model in opened.items():
+        learned, asked = (ask(model, problems, "tens") for problems in (problems_of("train", LEARNED), problems_of("test")))
+        labels, truth = carries(learned.problems), carries(asked.problems)
+        mixed = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(subject.seed))]
+        passed_by = streams(model, learned), streams(model, asked)
+        for where, passed in itertools.product(("asked", "first", "b_units"), passed_by[0]):
+            train, test = (at_place(seen[passed], one.place(where)) for seen, one in zip(passed_by, (learned, asked)))
+            for kind, given in (("", labels), ("_shuffled", mixed)): note(state, f"probe{kind}", where, passed, probe_accuracy(train, given, test, truth), f"probe{kind}_{where}_{passed}_{state}")
+        if state == "untrained": continue
+        for layer in range(model.cfg.n_layers):
+            for move, outcome in carry_moves(model, learned, at_place(passed_by[0][str(layer)], learned.at), asked, layer, subject.seed).items():
+                for name, values in outcome.items(): note(state, f"{move}: {name}", "asked", str(layer), values, f"{move.replace(' ', '_')}_{name}_{layer}")
+    return {"carry": pd.DataFrame(rows)}, numbers
 
-# %% ../../nbs/23_addition_circuits.ipynb #a11ac9a4
-def _carry_name(name: str) -> tuple[str, str, tuple[float, float] | None]:
-    "What a number of the stage says, its unit and its bounds."
-    if name == "sum_dimensions": return "dimensions that the means by the sum of the units span", "dimensions", None
-    kind, *rest = name.split("_")
-    if kind == "probe":
-        shuffled = " fitted to shuffled labels" if rest[0] == "shuffled" else ""
-        where, passed, state = name.removeprefix("probe_").removeprefix("shuffled_").rsplit("_", 2)
-        return f"share of test problems whose carry a linear probe{shuffled} tells from the {state} model's stream, {dict(asked='where the tens are predicted', first='where the first digit is predicted', b_units='on the last operand digit')[where]}, {'before layer 0' if passed == 'embed' else f'after layer {passed}'}", "", (0, 1)
-    if kind == "exchanged": return f"share of carry pairs that flip when the stream after layer 0, where the first digit and the tens are predicted, is exchanged in the subspace: {rest[0]}", "", (0, 1)
-    return f"share of test problems whose tens are as the carry would have them ({rest[-2]}) once the stream after layer {rest[-1]} is moved: {' '.join([kind, *rest[:-2]])}", "", (0, 1)
+def carry_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Where the carry can be read, and whether moving it moves the tens, in every model."
+    places = {"asked": "where the tens are predicted", "first": "where the first digit is predicted", "b_units": "on the last operand digit"}
+    what = {}
+    for kind, (where, there), passed, state in itertools.product(("", "_shuffled"), places.items(), ("embed", "0", "1"), ("trained", "untrained")):
+        what[f"probe{kind}_{where}_{passed}_{state}"] = (f"share of test problems whose carry a linear probe{' fitted to shuffled labels' if kind else ''} tells from the {state} model's stream, {there}, {'before layer 0' if passed == 'embed' else f'after layer {passed}'}", "", (0, 1))
+    for move, outcome, layer in itertools.product(("carry", "even_tens", "random"), ("moved", "stayed"), (0, 1)): what[f"{move}_{outcome}_{layer}"] = (f"share of test problems whose tens {'are as the carry would have them' if outcome == 'moved' else 'stay'} once the stream after layer {layer} is moved: {move.replace('_', ' ')}", "", (0, 1))
+    return gathered(carry_of, what)
 
-# %% ../../nbs/23_addition_circuits.ipynb #7016f3a9
+
+# %% ../../nbs/23_addition_circuits.ipynb #cfab0d6e
+PARTS = {"same": "the outputs of layer 0 that bring the digits of the place that is asked for", "below": "the outputs of layer 0 that bring those of the place below"}
+
+def algorithm_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "Whether the model says what the algorithm says when a part of it is told about another problem, and whether what the parts bring is what the algorithm says that they bring."
+    import pandas as pd
+    model, numbers, told, brought, shared = subject.open(), {}, [], [], []
+    for length, place in itertools.product((2, 3), ("tens", "units")):
+        effects = cell_effects(model, place, length)
+        told += algorithm_rows(model, place, length, effects, subject.seed)
+        brought += activation_rows(model, place, length, parts := effect_parts(effects))
+        if place == "tens" and parts["below"]:
+            exchanged, told_along = carry_exchanges(model, length, parts["below"], subject.seed)
+            shared += [{"digits": length, "subspace": name, "flips": values.mean(), "n": len(values)} for name, values in exchanged.items()]
+            numbers |= {f"exchanged_{name}_{length}": values.mean() for name, values in exchanged.items()} | {f"along_carry_{name}_{length}": value for name, value in told_along.items()}
+    said = pd.DataFrame(told)
+    for row in said[~said.part.isin(["one", "rest"])].itertuples(): numbers[f"{row.by}_{row.part.replace(' ', '_')}_{row.place}_{row.digits}"] = row.agrees
+    for row in said[said.part == "rest"].itertuples(): numbers[f"rest_{row.place}_{row.digits}"] = row.all
+    ours = said[(said.by == "effect") & ~said.part.str.startswith("all but")]
+    for part, some in (("parts", ours[ours.part.isin(list(PARTS))]), ("single", ours[ours.part == "one"]), ("every", ours)):
+        runs, moved = some["of"].sum(), (some["of"] * some.moved).sum()
+        numbers |= {f"{part}_all": (some["all"] * some["of"]).sum() / runs, f"{part}_unmoved": 1 - moved / runs, f"{part}_moved": (some.moved_agrees.fillna(0) * some["of"] * some.moved).sum() / moved}
+    for row in (explains := pd.DataFrame(brought)).itertuples(): numbers[f"told_{row.of.replace(' ', '_')}_{row.what.replace(' ', '_')}_{row.place}_{row.digits}"] = row.told
+    return {"algorithm": said, "activations": explains, "subspaces": pd.DataFrame(shared)}, numbers
+
 def algorithm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "Whether every model says what the algorithm says when a part of its heads is told about another problem."
-    import pandas as pd
-    tables, found = [], {}
-    for subject, length in itertools.product(studied(), (2, 3)):
-        tables.append(_table(subject, table := pd.DataFrame(algorithm_rows(subject.open(), length, subject.seed))))
-        for row in table.itertuples(): found.setdefault((subject.family, f"{row.part}_{row.place}_{row.what}_{length}"), []).append(float(row.agrees))
-    brings, what = {"same": "the digits of the place that is asked for", "below": "those of the place below"}, {}
-    for part, length, place, kind in itertools.product(brings, (2, 3), ("tens", "units"), ("exchanged", "others")):
-        whose = "the outputs of heads of layer 0" if kind == "exchanged" else "all outputs of heads of layer 0 but those"
-        what[f"{part}_{place}_{kind}_{length}"] = (f"share of problems whose {place} are what the algorithm says with {whose} that bring {brings[part]} as in another problem, of those whose {place} this should change; answers of {length} digits", "", (0, 1))
-    return _summed(found, what), {"algorithm": pd.concat(tables, ignore_index=True).round(4)}
+    "The algorithm and every model."
+    what = {}
+    for length, place in itertools.product((2, 3), ("tens", "units")):
+        asked = f"{place} of answers of {length} digits"
+        for by, part in itertools.product(("attention", "effect"), PARTS):
+            chosen = f"{PARTS[part]} (chosen by {by})"
+            what |= {f"{by}_{part}_{place}_{length}": (f"share of the {asked} that are what the algorithm says with {chosen} as in another problem, of those that this should change", "", (0, 1)), f"{by}_all_but_{part}_{place}_{length}": (f"the same with everything exchanged but {chosen}; {asked}", "", (0, 1))}
+        if place == "tens": what |= {f"exchanged_{name}_{length}": (f"share of carry pairs, answers of {length} digits, that flip when what brings the place below is exchanged in the subspace: {name}", "", (0, 1)) for name in ("carry", "sum", "random", "all")} | {
+            f"along_carry_dimensions_{length}": (f"dimensions that the means by the sum of the units span, answers of {length} digits", "dimensions", None), f"along_carry_switch_{length}": (f"share of the variance along the direction of the carry that a switch tells, answers of {length} digits", "", (-1, 1)), f"along_carry_sum_{length}": (f"share of the variance along the direction of the carry that the sum of the units tells, answers of {length} digits", "", (-1, 1))}
+        what[f"rest_{place}_{length}"] = (f"share of the {asked} that stay with everything exchanged that brings neither", "", (0, 1))
+        for part, digits in itertools.product(PARTS, ("own", "other")): what[f"told_{part}_{digits}_digits_{place}_{length}"] = (f"share of the variance of {PARTS[part]} that tables of {'these digits' if digits == 'own' else 'the digits of the other place'} tell in test problems; {asked}", "", (-1, 1))
+        for passed, of in itertools.product(("embed", "0", "1"), ("operands", "said")): what[f"told_stream_{passed}_{of}_{place}_{length}"] = (f"share of the variance of the stream {'before layer 0' if passed == 'embed' else f'after layer {passed}'}, where the {asked} are asked for, that {'tables of the four operand digits tell' if of == 'operands' else 'the digit that is said tells'} in test problems", "", (-1, 1))
+    for name, runs in (("parts", "with a part exchanged"), ("single", "with a single output exchanged"), ("every", "with a part, a single output, or what brings neither exchanged")):
+        what |= {f"{name}_all": (f"share of runs {runs} in which the model says what the algorithm says", "", (0, 1)), f"{name}_unmoved": (f"share of runs {runs} in which the model says its own digit", "", (0, 1)), f"{name}_moved": (f"share of runs {runs} that say another than the own digit in which it is the algorithm's", "", (0, 1))}
+    return gathered(algorithm_of, what)
 
-# %% ../../nbs/23_addition_circuits.ipynb #2eaf8a58
-def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "The frequencies in the embeddings of the digits, beside shuffled orders and untrained models."
+
+# %% ../../nbs/23_addition_circuits.ipynb #b5ef79c1
+def circuits_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "The circuits of a model's tens and units, and what they share."
     import pandas as pd
-    rows, found = [], {}
-    for subject in studied() + studied(untrained_subjects):
-        vectors = digit_embeddings(subject.open())
+    model, numbers, rows, edges = subject.open(), {}, [], []
+    for place, length in CIRCUITS:
+        row, found = circuit_row(model, place, length, subject.seed)
+        rows.append(row), edges.append(found)
+        numbers |= {f"circuit_{name}_{place}": row[name] for name in CIRCUIT_NUMBERS} | {f"circuit_small_{place}": row["edge_share"] <= 1 / 3, f"circuit_unbeaten_{place}": row["best_matched"] < row["faithfulness"], f"circuit_needed_{place}": row["most_outside"] < row["necessity"], f"circuit_carries_over_{place}": min(row[wording] for wording in TRAINED[1:]) >= 0.8}
+    one, other = (set(zip(found.sender, found.receiver)) for found in edges)
+    return {"circuits": pd.DataFrame(rows), "circuit_edges": pd.concat(edges, ignore_index=True)}, numbers | {"circuit_shared": len(one & other) / len(one | other)}
+
+CIRCUIT_NUMBERS = {"edges": "edges", "edge_share": "share of the edges", "faithfulness": "share of the difference that it does alone, on pairs that did not choose it", "necessity": "share of the difference that is lost without it", "incompleteness": "largest difference to the model without a subset of it", "least_minimality": "least that an edge of it matters",
+                   "best_random": "the most that one of a hundred random circuits of its size does", "best_matched": "the most that one of a hundred random circuits with as many edges of each kind does", "most_outside": "the most that is lost without as many edges that are none of its own, of a hundred draws",
+                   **{wording: f"share of the difference that it does in the wording {wording}" for wording in TRAINED[1:]}}
+
+def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The circuit edge by edge, in every model."
+    what = {"circuit_shared": ("edges that are in both circuits, as a share of those that are in one", "", (0, 1))}
+    for place, length in CIRCUITS:
+        of = f"the circuit for the {place} of answers of {length} digits"
+        what |= {f"circuit_{name}_{place}": (f"{how}: {of}", "edges" if name == "edges" else "", None) for name, how in CIRCUIT_NUMBERS.items()}
+        what |= {f"circuit_{name}_{place}": (f"share of seeds in which {of} {how}", "", (0, 1)) for name, how in (("small", "has a third of the edges or fewer"), ("unbeaten", "does more than all random circuits with as many edges of each kind"), ("needed", "is missed more than all random edges that are none of its own"), ("carries_over", "does 0.8 in all other trained wordings"))}
+    return gathered(circuits_of, what)
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #88a5d05c
+def waves_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "The frequencies in the embeddings of the digits and at the inputs of the MLPs, beside shuffled orders and the untrained model, and the units without them."
+    import pandas as pd
+    rows, numbers, model = [], {}, subject.open()
+    asked = ask(model, problems_of("test"), "units")
+    held = {"embedding": digit_embeddings(model), "embedding_untrained": digit_embeddings(untrained_twin(subject))}
+    for layer, stream in activations_of(model, asked, {layer: hook_name(model, "resid_mid", layer) for layer in range(model.cfg.n_layers)}).items():
+        values = at_place(stream, asked.at).double().numpy()
+        held |= {f"mlp_{layer}_{name}": label_means(values, of) for name, of in (("a", asked.problems.a.to_numpy() % 10), ("b", asked.problems.b.to_numpy() % 10), ("sum", asked.problems.answer.to_numpy() % 10))}
+    for name, vectors in held.items():
         shares, null = wave_shares(vectors), shuffled_waves(vectors, seed=subject.seed)
-        rows += [{"model": subject.family, "seed": subject.seed, "frequency": k + 1, "share": share} for k, share in enumerate(shares)]
-        p = (1 + (null >= two_best(shares) - 1e-12).sum()) / (1 + len(null))
-        for name, value in (("two_best", two_best(shares)), ("line", line_share(vectors)), ("slowest", shares[0]), ("two_best_shuffled", null.mean()), ("beyond_shuffled", p < 0.05)): found.setdefault((subject.family, name), []).append(float(value))
-    what = {"line": ("share of the variance of the digits' embeddings that a straight line holds", "", (0, 1)), "slowest": ("share of it that one turn in ten digits holds", "", (0, 1)), "two_best": ("share of the variance of the digits' embeddings in their two strongest frequencies", "", (0, 1)), "two_best_shuffled": ("the same of the digits in random orders", "", (0, 1)),
-            "beyond_shuffled": ("share of seeds in which it is more than in 95% of random orders", "", (0, 1))}
-    return _summed(found, what), {"waves": pd.DataFrame(rows).round(6)}
+        rows += [{"of": name, "frequency": k + 1, "share": share} for k, share in enumerate(shares)]
+        numbers |= {f"{name}_two_best": two_best(shares), f"{name}_two_best_shuffled": null.mean(), f"{name}_beyond_shuffled": (1 + (null >= two_best(shares) - 1e-12).sum()) / (1 + len(null)) < 0.05, f"{name}_line": line_share(vectors), f"{name}_slowest": shares[0]}
+    best = np.argsort(wave_shares(held["embedding"]))[-2:] + 1
+    taken = {"two_best": wave_patterns(best), "the_others": wave_patterns([k for k in range(1, 6) if k not in best])}
+    taken |= {f"random_{i}": random_patterns(taken["two_best"].shape[1], 100 * subject.seed + i) for i in range(20)} | {f"{k}": wave_patterns([k]) for k in range(1, 6)}
+    right = {name: values.mean() for name, values in right_without(model, asked, taken).items()}
+    random = [share for name, share in right.items() if name.startswith("random")]
+    numbers |= {"right_without_two_best": right["two_best"], "right_with_two_best": right["the_others"], "right_without_random": np.mean(random), "two_best_matter": right["two_best"] < 0.5, "two_best_above_random": right["two_best"] < min(random)}
+    return {"waves": pd.DataFrame(rows), "without_waves": pd.DataFrame([{"taken": name, "right": share, "n": len(asked.rows)} for name, share in right.items()])}, numbers
+
+def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Frequencies in every model."
+    held = {"embedding": "the digits' embeddings", "embedding_untrained": "the digits' embeddings in the untrained model"} | {f"mlp_{layer}_{name}": f"the mean inputs of MLP {layer} before the units, by {of}" for layer in (0, 1) for name, of in (("a", "the first operand's units"), ("b", "the second operand's units"), ("sum", "the units of the sum"))}
+    what = {f"{name}_{number}": (text.format(of), "", (0, 1)) for name, of in held.items() for number, text in (("two_best", "share of the variance of {} in their two strongest frequencies"), ("two_best_shuffled", "share of the variance of {}, the digits in random orders, in two frequencies"), ("line", "share of the variance of {} that a straight line holds"),
+            ("slowest", "share of the variance of {} that one turn in ten digits holds"), ("beyond_shuffled", "share of seeds in which two frequencies hold more of {} than in 95% of random orders"))}
+    return gathered(waves_of, what | {"right_without_two_best": ("share of the units that are right without the two strongest frequencies of the operand digits' embeddings", "", (0, 1)), "right_with_two_best": ("share of the units that are right with the two strongest frequencies alone", "", (0, 1)), "right_without_random": ("share of the units that are right without as many random patterns, mean of twenty draws", "", (0, 1)),
+        "two_best_matter": ("share of seeds in which fewer than half of the units are right without the two strongest frequencies", "", (0, 1)), "two_best_above_random": ("share of seeds in which fewer are right without these than without any of twenty draws of random patterns", "", (0, 1))})
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #85d87b84
+def beyond(n: int = PROBLEMS, seed: int = 0) -> dict[str, tuple[pd.DataFrame, bool]]:
+    "Problems that no model was trained on, by name, and whether their digits are written in reverse: up to `n` of each, drawn at random."
+    draw = np.random.default_rng(seed)
+    found = {"three_digits": addition_problems(draw.integers(100, 1000, n), draw.integers(100, 1000, n), digits=3), "subtraction": addition_problems(operation="subtract"), "increment": addition_problems(operation="increment"),
+             "one_digit": addition_problems(digits=1), "reversed": problems_of("test")}
+    return {name: (problems.sample(min(n, len(problems)), random_state=seed).reset_index(drop=True), name == "reversed") for name, problems in found.items()}
+
+def beyond_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "How often a model is right on problems of kinds that it was not trained on, and its errors."
+    import pandas as pd
+    model, tables = subject.open(), []
+    for name, (problems, reverse) in beyond().items(): tables.append(summary_of(evaluate_addition(model, problems, reverse=reverse)).assign(problems=name))
+    table = pd.concat(tables, ignore_index=True)
+    return {"beyond": table}, {f"right_{row.problems}": row.right for row in table.itertuples()}
+
+def beyond_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Problems that no model was trained on."
+    return gathered(beyond_of, {f"right_{name}": (f"share of the problems answered right that no model was trained on: {name.replace('_', ' ')}", "", (0, 1)) for name in ("three_digits", "subtraction", "increment", "one_digit", "reversed")})
 
 def _files() -> list[Path]:
     "The models that are looked at, and what they were halfway."
     return [home() / "models" / name for subject in studied() for name in (f"{subject.family}/seed{subject.seed}", early_name(subject))]
 
-STAGES = {"accuracy": Stage(accuracy_stage, {"wordings": [*TRAINED, FRESH]}, DESIGN, _files),
-          "halfway": Stage(halfway_stage, {}, DESIGN, _files),
-          "ablation": Stage(ablation_stage, {"problems": PROBLEMS}, DESIGN, _files),
-          "flips": Stage(flips_stage, {"pairs": FLIP_PAIRS}, DESIGN, _files),
-          "reads": Stage(reads_stage, {"problems": PROBLEMS, "pairs": FLIP_PAIRS}, DESIGN, _files),
-          "carry": Stage(carry_stage, {"learned": LEARNED}, DESIGN, _files),
-          "algorithm": Stage(algorithm_stage, {}, DESIGN, _files),
-          "waves": Stage(waves_stage, {}, DESIGN, _files)}
+_SIZES = {"problems": PROBLEMS, "pairs": FLIP_PAIRS, "learned": LEARNED}
+STAGES = {name: Stage(stage, _SIZES, LOOKED_AT, _files) for name, stage in (("accuracy", accuracy_stage), ("halfway", halfway_stage), ("ablation", ablation_stage), ("flips", flips_stage), ("places", places_stage), ("carry", carry_stage), ("algorithm", algorithm_stage), ("circuits", circuits_stage), ("waves", waves_stage), ("beyond", beyond_stage))}
+
 
 # %% ../../nbs/23_addition_circuits.ipynb #ce030a74
 def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str, pd.DataFrame]:
