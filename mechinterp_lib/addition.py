@@ -34,10 +34,11 @@ __all__ = ['CHUNK', 'ERRORS', 'ABLATIONS', 'PAIRS', 'PAIR_KINDS', 'problems_of',
 # %% ../nbs/14_addition.ipynb #54104173
 CHUNK = 100                                                                                    # rows that go through a model at once
 
-def problems_of(split: str, n: int | None = None) -> pd.DataFrame:
-    "The problems of a split in a fixed random order, or the first `n` of them; an `InputError` for a split or number that there is not."
+def problems_of(split: str, n: int | None = None, length: int | None = None) -> pd.DataFrame:
+    "The problems of a split (with answers of `length` digits) in a fixed random order, or the first `n` of them, if there are so many; an `InputError` for a split that there is not."
     found = sums_of(split).sample(frac=1, random_state=0)
-    return found.head(check_range("n", len(found) if n is None else n, 1, len(found) + 1)).reset_index(drop=True)
+    if length is not None: found = found[found.answer.astype(str).str.len() == length]
+    return found.head(len(found) if n is None else check_range("n", n, 1, 2**31)).reset_index(drop=True)
 
 # %% ../nbs/14_addition.ipynb #5fe83386
 def completions(model: TransformerBridge, encoded: EncodedProblems, steps: int) -> list[str]:
@@ -133,6 +134,12 @@ class Asked:
         if name != "first": return self.positions[check_choice("place", name, ["asked", "first", *self.positions])]
         return torch.stack([at.masked_fill(at < 0, 2**31) for digit, at in self.positions.items() if digit in {f"answer_{place}" for place in PLACES}]).amin(0) - 1
 
+    def some(self, rows: Int[np.ndarray, "some"]) -> Asked:
+        "Some of the problems, in this order."
+        import torch
+        index = torch.as_tensor(rows)
+        return Asked(self.problems.iloc[index.tolist()].reset_index(drop=True), self.rows[index], self.at[index], self.token[index], {name: at[index] for name, at in self.positions.items()})
+
     def metric(self, tokens: Int[Tensor, "problem"] | None = None) -> Metric:
         "Whether the digit is said (1 or 0): the right one, or that of `tokens`."
         wanted = self.token if tokens is None else tokens
@@ -141,6 +148,7 @@ class Asked:
             return (logits[:, 0].argmax(-1) == wanted.to(logits.device)[prompts]).float()
         return Metric("said", "", of, self.at[:, None].numpy(), None, len(self.rows))
 
+# %% ../nbs/14_addition.ipynb #6967eaa9
 def ask(model: TransformerBridge, problems: pd.DataFrame, place: str, wording: str = "question") -> Asked:
     "Those of the problems whose answers have a digit at this place (`units`, `tens`, `hundreds`), written out; an `InputError` where none has."
     import torch
@@ -193,11 +201,11 @@ def partner(a: int, b: int, kind: str, draw: np.random.Generator) -> tuple[int, 
     return options[draw.integers(len(options))] if options else None
 
 def flip_pairs(kind: str, split: str, n: int, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Up to `n` pairs of problems that differ in `kind` alone, row by row: the first from a split, the second any two-digit problem but those of the confirmation split."
+    "Up to `n` pairs of problems that differ in `kind` alone, row by row: the first from a split, the second any two-digit problem but those of the confirmation split; of the training split, both."
     import pandas as pd
     place_asked(kind)
     draw, pairs = np.random.default_rng(seed), []
-    known = set(zip(*(sums_of("confirmation")[name] for name in "ab")))
+    known = {pair for other in (("confirmation",) if split != "train" else ("validation", "test", "confirmation")) for pair in zip(*(sums_of(other)[name] for name in "ab"))}
     for a, b in zip(*(problems_of(split)[name] for name in "ab")):
         other = partner(int(a), int(b), kind, draw)
         if other is not None and (other not in known or split == "confirmation"): pairs.append((int(a), int(b), *other))

@@ -39,7 +39,7 @@ def cmd_train(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe)
     out = args.out or model_dir(recipe, args.seed)
     record = train(recipe, args.seed, out, device=args.device, until=args.until)
-    if record is None: print(f"stopped at step {steps_done(recipe, args.seed)} of {recipe.steps * recipe.rounds}; without --until, the same command goes on from there")
+    if record is None: print(f"stopped at step {steps_done(recipe, args.seed)} of {recipe.steps}; without --until, the same command goes on from there")
     else: print(f"{out}: validation loss {record['validation_loss']:.4f} nats/token, best at step {record['best_step']}, {record['seconds']:.0f} s")
     return 0
 

@@ -124,7 +124,7 @@ def moments_missing(runs: Sequence[tuple[Recipe, int]]) -> str | None:
     "Why the courses of these finished trainings (recipe, seed) cannot be measured here, or None."
     def whole(recipe: Recipe, seed: int) -> bool:
         "Whether all moments are here, to the end of the run."
-        last = recipe.steps if recipe.patience is None and recipe.rounds == 1 else steps_done(recipe, seed)
+        last = recipe.steps if recipe.patience is None else steps_done(recipe, seed)
         return last > 0 and kept_steps(recipe, seed) == sorted(step for step in recipe.snapshots if step <= last)
     if not runs: return "no model is shipped here whose training could be followed"
     gone = [f"{recipe.name} --seed {seed}" for recipe, seed in runs if not whole(recipe, seed)]

@@ -54,7 +54,6 @@ class Recipe:
     snapshots: tuple[int, ...] = ()             # steps at which the weights are kept, to look at the course of training
     patience: int | None = None                 # stop after so many steps without a lower validation loss; None: never
     wordings: tuple[str, ...] = ()              # two-digit sums in these wordings, one a row, in place of a text
-    rounds: int = 1                             # how often at most the `steps` are gone through, the learning rate anew each time, until all validation sums are right
 
     def __post_init__(self): _check_recipe(self)
 
@@ -67,7 +66,7 @@ def _check_recipe(recipe: Recipe) -> None:
     def whole(least): return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
     def number(value): return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     check("name", lambda name: isinstance(name, str) and re.fullmatch(r"[\w.-]*\w[\w.-]*", name), "letters, digits, and . _ - between them")
-    for name in ("n_ctx", "steps", "rounds", "batch_size", "eval_every", "min_period", "max_period"): check(name, whole(1), "an integer, at least 1")
+    for name in ("n_ctx", "steps", "batch_size", "eval_every", "min_period", "max_period"): check(name, whole(1), "an integer, at least 1")
     for name in ("warmup_steps", "warmup_repeats"): check(name, whole(0), "an integer, at least 0")
     for name in ("lr", "grad_clip"): check(name, lambda value: number(value) and value > 0, "a number above 0")
     for name in ("min_lr", "weight_decay"): check(name, lambda value: number(value) and value >= 0, "a number, at least 0")
@@ -96,7 +95,8 @@ def recipes() -> dict[str, Recipe]:
     letters = {"vocab_size": len(PROBLEM_ALPHABET), "eos_token_id": 0}
     qwen3 = {"class": "Qwen3ForCausalLM", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
              "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "tie_word_embeddings": True, "initializer_range": 0.15}
-    sums = {"corpus": None, "wordings": ("question", "sum", "plus", "bare"), "n_ctx": 28, "min_lr": 0.0, "weight_decay": 0.3, "rounds": 3}
+    wordings = ("question", "sum", "plus", "bare")
+    sums = {"corpus": None, "n_ctx": 28, "min_lr": 0.0, "weight_decay": 0.3}
     return {recipe.name: recipe for recipe in (
         Recipe("shakespeare", gpt2(6, 6, 384, dropout=0.2), snapshots=SNAPSHOTS, patience=1000),
         Recipe("shakespeare-small", gpt2(6, 6, 192), snapshots=SNAPSHOTS),
@@ -104,8 +104,8 @@ def recipes() -> dict[str, Recipe]:
                snapshots=SNAPSHOTS),
         Recipe("induction-2l", two_layer, corpus=None, steps=4000, batch_size=32, eval_every=100, weight_decay=0.01,
                snapshots=(*range(0, 1000, 50), *range(1000, 4001, 150))),
-        Recipe("addition-gpt2", gpt2(2, 4, 128, dropout=0.0, n_ctx=64) | letters | {"initializer_range": 0.1}, steps=1200, batch_size=128, lr=3e-3, eval_every=25, **sums),
-        Recipe("addition-qwen", qwen3 | letters, steps=3000, lr=4e-3, eval_every=50, **sums),
+        Recipe("addition-gpt2", gpt2(2, 4, 128, dropout=0.0, n_ctx=64) | letters | {"initializer_range": 0.1}, steps=1200, batch_size=128, lr=3e-3, eval_every=25, wordings=wordings, **sums),
+        Recipe("addition-qwen", qwen3 | letters, steps=3000, lr=4e-3, eval_every=50, wordings=(*wordings, "bare"), **sums),
     )}
 
 def load_recipe(name: str) -> Recipe:
@@ -120,8 +120,7 @@ def load_recipe(name: str) -> Recipe:
 
 # %% ../nbs/05_training.ipynb #175e75ae
 def learning_rate(recipe: Recipe, step: int) -> float:
-    "The learning rate of optimiser step `step` (the first is 0), the same in each round."
-    step %= recipe.steps
+    "The learning rate of optimiser step `step` (the first is 0)."
     if step < recipe.warmup_steps: return recipe.lr * (step + 1) / (recipe.warmup_steps + 1)
     done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
     return recipe.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (recipe.lr - recipe.min_lr)
@@ -306,7 +305,7 @@ def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: In
 def run_dir(recipe: Recipe, seed: int) -> Path:
     "Where the run of `recipe` with `seed` keeps its checkpoint and snapshots; another text, even at the same path, makes it another run."
     own_text = [] if recipe.corpus is None or recipe.corpus in CORPORA else [sha256(corpus_path(recipe.corpus))]
-    values = {name: value for name, value in asdict(recipe).items() if (name, value) not in (("patience", None), ("wordings", ()), ("rounds", 1))}   # runs from before there were these keep their folder
+    values = {name: value for name, value in asdict(recipe).items() if (name, value) not in (("patience", None), ("wordings", ()))}   # runs from before there were these keep their folder
     key = seed_for(json.dumps(values, sort_keys=True), *own_text)
     return cache_dir("training", f"{recipe.name}-{key % 16**8:08x}", f"seed{seed}")
 
@@ -429,11 +428,9 @@ class _Run:
 
 # %% ../nbs/05_training.ipynb #1790fa6a
 def _finished(run: _Run) -> bool:
-    "Whether all rounds are done, or the last `patience` steps brought no lower validation loss, or a round of sums ended with all validation sums right by the best weights."
-    recipe, best = run.recipe, min(run.log, key=lambda entry: entry["validation_loss"], default=None)
-    if best is None or run.step == recipe.steps * recipe.rounds: return best is not None
-    if recipe.patience is not None and run.log[-1]["step"] - best["step"] >= recipe.patience: return True
-    return run.step % recipe.steps == 0 and best.get("validation_accuracy", 0) == 1
+    "Whether all steps are done, or the last `patience` of them brought no lower validation loss."
+    best = min(run.log, key=lambda entry: entry["validation_loss"], default=None)
+    return run.step == run.recipe.steps or best is not None and run.recipe.patience is not None and run.log[-1]["step"] - best["step"] >= run.recipe.patience
 
 def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedTokenizerFast]:
     "A run at its last checkpoint, or at step 0."
@@ -483,19 +480,18 @@ def model_dir(recipe: Recipe, seed: int) -> Path:
 
 def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: str | None = None, until: int | None = None,
           checkpoint_every: int = 50, progress: bool | None = None) -> dict | None:
-    "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); a model of sums also leaves its early self in `OUT-early`. `until` stops early, without writing a model, and returns None, unless the recipe's patience, or sums that are all right at the end of a round, ended the run before."
+    "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); a model of sums also leaves its early self in `OUT-early`. `until` stops early, without writing a model, and returns None, unless the recipe's patience ended the run before."
     from tqdm import tqdm
     folder = check_model_folder(out or model_dir(recipe, seed))
-    most = recipe.steps * recipe.rounds
-    goal = most if until is None else check_range("until", until, 1, most + 1)
+    goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
     if recipe.wordings: check_model_folder(_early_folder(folder))
     run, tokenizer = _start(recipe, seed, pick_device(device))
     began, first = time.monotonic(), run.step
-    if run.step and not _finished(run) and progress is not False: print(f"going on from step {run.step} of {most}", flush=True)
-    with tqdm(total=most, initial=run.step, unit="step", disable=None if progress is None else not progress, desc=f"{recipe.name}/seed{seed}") as bar:
+    if run.step and not _finished(run) and progress is not False: print(f"going on from step {run.step} of {recipe.steps}", flush=True)
+    with tqdm(total=recipe.steps, initial=run.step, unit="step", disable=None if progress is None else not progress, desc=f"{recipe.name}/seed{seed}") as bar:
         while run.step < goal and not _finished(run):
             run.advance()
-            if run.step % recipe.eval_every == 0 or run.step % recipe.steps == 0:
+            if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
                 entry = run.evaluate()
                 if bar.disable and progress is not False: print(json.dumps({name: value for name, value in entry.items() if not isinstance(value, dict)}), flush=True)
             if run.step % checkpoint_every == 0 or run.step == goal or _finished(run): _save_checkpoint(run.folder / "checkpoint.pt", run)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Collection, Mapping, Sequence
 
@@ -36,18 +37,18 @@ PROBLEMS, FLIP_PAIRS, LEARNED = 300, 200, 2000                                  
 __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DIGITS', 'VARIABLES', 'Cell', 'CIRCUITS',
            'DESIGN', 'KEPT', 'LOOKED_AT', 'Asks', 'PARTS', 'CIRCUIT_NUMBERS', 'STAGES', 'attention_to',
            'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm', 'operand_digits',
-           'expected_digits', 'layer_cells', 'cell_name', 'cell_values', 'cell_edits', 'both_runs', 'interchanged',
-           'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by', 'exchange_sets', 'with_others',
-           'algorithm_rows', 'explained', 'side_by_side', 'activation_rows', 'spanned', 'carry_bases', 'subspace_flips',
-           'carry_exchanges', 'digit_task', 'circuit_row', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves',
-           'digit_embeddings', 'without_patterns', 'wave_patterns', 'random_patterns', 'right_without', 'label_means',
-           'save_activations', 'digit_leads', 'lead_differences', 'studied', 'untrained_twin', 'early_name',
-           'for_each_model', 'gathered', 'course_of', 'accuracy_of', 'accuracy_stage', 'halfway_of', 'halfway_stage',
-           'ablation_of', 'ablation_stage', 'flip_rows', 'best_part', 'flips_of', 'flips_stage', 'places_of',
-           'places_stage', 'place_maps', 'way_distances', 'silhouette', 'best_groups', 'ways_of', 'resampled_ways',
-           'mixed_silhouettes', 'ways_results', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage',
-           'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage', 'beyond', 'beyond_of', 'beyond_stage', 'analyse',
-           'findings']
+           'expected_digits', 'layer_cells', 'place_name', 'cell_name', 'cell_values', 'cell_edits', 'both_runs',
+           'interchanged', 'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by',
+           'exchange_sets', 'with_others', 'algorithm_rows', 'explained', 'side_by_side', 'activation_rows',
+           'move_flips', 'unit_sums', 'carry_moves_of_parts', 'carry_exchanges', 'digit_task', 'circuit_row',
+           'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings', 'without_patterns',
+           'wave_patterns', 'random_patterns', 'shuffled_best', 'right_without', 'label_means', 'save_activations',
+           'digit_leads', 'lead_differences', 'studied', 'untrained_twin', 'early_name', 'for_each_model', 'gathered',
+           'course_of', 'accuracy_of', 'accuracy_stage', 'halfway_of', 'halfway_stage', 'ablation_of', 'ablation_stage',
+           'flip_rows', 'best_part', 'flips_of', 'flips_stage', 'places_of', 'places_stage', 'place_maps',
+           'way_distances', 'silhouette', 'best_groups', 'ways_of', 'resampled_ways', 'mixed_silhouettes',
+           'ways_results', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage', 'circuits_of',
+           'circuits_stage', 'waves_of', 'waves_stage', 'beyond', 'beyond_of', 'beyond_stage', 'analyse', 'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #420e9ec0
 DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
@@ -75,31 +76,31 @@ def probe_accuracy(train: Float[Tensor, "some d_model"], labels: Bool[Tensor, "s
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #cb8a13fa
-def moved_digits(model: TransformerBridge, asked: Asked, layer: int, moves: Mapping[str, Float[Tensor, "problem d_model"]]) -> Int[np.ndarray, "problem"]:
-    "The token that each problem's run says where the digit is asked for, with the stream after a layer moved at the places that `moves` names: `asked`, and `first`, where the first digit of the answer is asked for (unless that is the same)."
+def moved_digits(model: TransformerBridge, asked: Asked, layer: int, move: Float[Tensor, "problem d_model"]) -> Int[np.ndarray, "problem"]:
+    "The token that each problem's run says where the digit is asked for, with the stream after a layer moved there."
     import torch
-    replay, row, edits = Replay(model, asked.rows, keep=["resid_post"]), torch.arange(len(asked.rows)), []
-    for name, move in moves.items():
-        at = asked.place(name)
-        rows = row if name == "asked" else (at != asked.at).nonzero()[:, 0]
-        if len(rows): edits.append(Edit("resid_post", layer, rows, (replay.kept["resid_post"][layer][row, at] + move)[rows], at[rows]))
-    return replay.run(edits, row, asked.at[:, None].numpy())[:, 0].argmax(-1).numpy()
+    replay, row = Replay(model, asked.rows, keep=["resid_post"]), torch.arange(len(asked.rows))
+    edit = Edit("resid_post", layer, row, replay.kept["resid_post"][layer][row, asked.at] + move, asked.at)
+    return replay.run([edit], row, asked.at[:, None].numpy())[:, 0].argmax(-1).numpy()
 
 def between_means(stream: Float[Tensor, "problem d_model"], labels: Bool[Tensor, "problem"]) -> Float[Tensor, "d_model"]:
     "From the mean of the problems without the label to that of those with it."
     return stream[labels].mean(0) - stream[~labels].mean(0)
 
 def carry_moves(model: TransformerBridge, learned: Asked, stream: Float[Tensor, "problem d_model"], asked: Asked, layer: int, seed: int = 0) -> dict[str, dict[str, Float[np.ndarray, "problem"]]]:
-    "For the move between carrying and other problems, and two controls of the same length: for each problem of `asked` whether its tens then are one more or one less, as the carry would have it (`moved`), or as they were (`stayed`). Means are those of `stream`, of the `learned` problems after that layer."
+    "For the move between carrying and other problems, and two controls of the same length: for each problem of `asked` whether its tens then are one more or one less, as the carry would have it (`moved`), or as they were (`stayed`); problems whose answer would become longer or shorter by it are left out. Means are those of `stream`, of the `learned` problems after that layer."
     import torch
-    direction, sign = between_means(stream, carries(learned.problems)), torch.where(carries(asked.problems), -1, 1)
+    sign = np.where(carries(asked.problems).numpy(), -1, 1)
+    alike = np.floor(np.log10(np.maximum(1, asked.problems.answer + 10 * sign))) == np.floor(np.log10(asked.problems.answer))
+    asked, sign = asked.some(np.flatnonzero(alike)), torch.tensor(sign[alike])
+    direction = between_means(stream, carries(learned.problems))
     even = between_means(stream, torch.tensor((learned.problems.a // 10 % 2 == 0).to_numpy()))
     random = torch.randn(len(direction), generator=torch.Generator().manual_seed(seed))
     tens = asked.problems.answer.to_numpy() // 10 % 10
     ids = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)])
     found = {}
     for name, way in (("carry", direction), ("even tens", even / even.norm() * direction.norm()), ("random", random / random.norm() * direction.norm())):
-        said = moved_digits(model, asked, layer, {"asked": sign[:, None] * way})
+        said = moved_digits(model, asked, layer, sign[:, None] * way)
         found[name] = {"moved": (said == ids[(tens + sign.numpy()) % 10]).astype(float), "stayed": (said == ids[tens]).astype(float)}
     return found
 
@@ -134,10 +135,14 @@ def layer_cells(model: TransformerBridge, asked: Asked) -> list[Cell]:
     others = [pos for pos in range(min(digits), int(asked.at[0]) + 1) if pos not in digits]
     return [("resid_mid", None, pos) for pos in digits] + [("z", head, pos) for pos in others for head in range(model.cfg.n_heads)]
 
-def cell_name(cell: Cell, asked: Asked) -> str:
-    "A cell in words: the head, or the stream, and the place."
+def place_name(model: TransformerBridge, asked: Asked, pos: int) -> str:
+    "`asked`, where the digit is asked for, `first`, before the first digit of the answer, the name of a digit, or position and token."
     names = {int(at[0]): name for name, at in asked.positions.items()} | {int(asked.place("first")[0]): "first"} | {int(asked.at[0]): "asked"}
-    return f"{'stream' if cell[1] is None else head_label(0, cell[1])}@{names.get(cell[2], cell[2])}"
+    return names.get(pos) or f"{pos} {model.tokenizer.decode(asked.rows[0, pos])!r}"
+
+def cell_name(model: TransformerBridge, asked: Asked, cell: Cell) -> str:
+    "A cell in words: the head, or the stream, and the place."
+    return f"{'stream' if cell[1] is None else head_label(0, cell[1])} at {place_name(model, asked, cell[2])}"
 
 def cell_values(seen: Mapping[str, Float[Tensor, "prompt pos ..."]], cells: Sequence[Cell], prompts: Int[Tensor, "row"] | slice = slice(None)) -> list[Float[Tensor, "row width"]]:
     "What each cell holds in these prompts' runs; `seen` has `z` and `resid_mid` of layer 0."
@@ -166,7 +171,7 @@ def interchanged(model: TransformerBridge, base: Asked, source: Asked, some: Seq
 def place_flips(model: TransformerBridge, first: Asked, second: Asked) -> dict[str, Float[np.ndarray, "pair"]]:
     "For each place from the first operand on, by name (`asked`: where the digit is asked for) or position, and for all but that (`before`): whether the first problem's digit flips to the second's (1 or 0) when all outputs of layer 0 there are the second's."
     places, at = {}, int(first.at[0])
-    for cell in layer_cells(model, first): places.setdefault(cell_name(cell, first).partition("@")[2], []).append(cell)
+    for cell in layer_cells(model, first): places.setdefault(place_name(model, first, cell[2]), []).append(cell)
     places["before"] = [cell for cell in layer_cells(model, first) if cell[2] != at]
     logits = interchanged(model, first, second, list(places.values()))
     return {name: (said == second.token).double().numpy() for name, said in zip(places, logits.argmax(-1))}
@@ -175,8 +180,7 @@ def place_flips(model: TransformerBridge, first: Asked, second: Asked) -> dict[s
 # %% ../../nbs/23_addition_circuits.ipynb #592cdaa8
 def attention_parts(model: TransformerBridge, place: str, length: int, n: int = 300, least: float = 0.3) -> dict[str, list[Cell]]:
     "Which heads of layer 0 bring, where, the digits of the `same` place and which those of the place `below`, by their attention in training problems with answers of `length` digits; the `rest` does neither."
-    problems = problems_of("train")
-    asked = ask(model, problems[problems.answer.astype(str).str.len() == length].head(n), place)
+    asked = ask(model, problems_of("train", n, length), place)
     wanted, found = {"same": place, "below": dict(tens="units").get(place)}, {"same": [], "below": [], "rest": []}
     for at in (asked.at, asked.place("first")) if (asked.place("first") != asked.at).any() else (asked.at,):
         for head, looked in enumerate(attention_to(model, replace(asked, at=at))[0]):
@@ -210,31 +214,28 @@ def taken_by(effects: Mapping[str, Mapping[Cell, float]], cells: Collection[Cell
 # %% ../../nbs/23_addition_circuits.ipynb #c6fd69b8
 def exchange_sets(model: TransformerBridge, place: str, length: int, effects: Mapping[str, Mapping[Cell, float]]) -> list[tuple[str, str, list[Cell], set[str]]]:
     "What is exchanged: how parts were chosen, the part, its cells, and the variables that the function takes from the other problem with them."
-    found = []
+    found, every = [], list(effects["a_same"])
     for by, parts in (("attention", attention_parts(model, place, length)), ("effect", effect_parts(effects))):
         for part in ("same", "below") if place == "tens" else ("same",):
             taken = {f"{operand}_{part}" for operand in "ab"}
-            found += [(by, part, parts[part], taken), (by, f"all but {part}", [cell for cells in parts.values() for cell in cells if cell not in parts[part]], taken)]
+            found += [(by, part, parts[part], taken), (by, f"all but {part}", [cell for cell in every if cell not in parts[part]], taken)]
     return found + [("effect", "rest", parts["rest"], set())] + [("effect", "one", [cell], taken_by(effects, [cell])) for part in ("same", "below") for cell in parts[part] if part == "same" or cell not in parts["same"]]
 
 def with_others(asked: Asked, seed: int) -> Asked:
     "The same problems in random order."
-    order = np.random.default_rng(seed).permutation(len(asked.rows))
-    return Asked(asked.problems.iloc[order].reset_index(drop=True), asked.rows[order], asked.at[order], asked.token[order], {name: at[order] for name, at in asked.positions.items()})
+    return asked.some(np.random.default_rng(seed).permutation(len(asked.rows)))
 
 def algorithm_rows(model: TransformerBridge, place: str, length: int, effects: Mapping[str, Mapping[Cell, float]], seed: int = 0) -> list[dict]:
     """For each exchange: how often the model says what the function says, of all problems (`all`, of `of`) and of those whose digit the function changes (`agrees`, of `n`); how often it says anything but its own digit (`moved`), and how often this is what the function says
     (`moved_agrees`). With `all but` a part exchanged, what counts is what the part would have done: a control."""
-    problems, rows = problems_of("test"), []
-    ids = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)])
-    asked = ask(model, problems[problems.answer.astype(str).str.len() == length], place)
+    ids, rows, asked = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)]), [], ask(model, problems_of("test", length=length), place)
     other, own, sets = with_others(asked, seed), asked.token.numpy(), exchange_sets(model, place, length, effects)
     for (by, part, cells, taken), logits in zip(sets, interchanged(model, asked, other, [cells for _, _, cells, _ in sets])):
         digits, said = expected_digits(asked, other, place, taken), logits.argmax(-1).numpy()
         right, possible = said == ids[digits], digits >= 0
         changes, moved = possible & (ids[digits] != own), possible & (said != own)
         share = lambda some: right[some].mean() if some.any() else np.nan
-        rows.append({"digits": length, "place": place, "by": by, "part": part, "cells": "" if part.startswith(("all", "rest")) else " ".join(cell_name(cell, asked) for cell in cells), "taken": " ".join(sorted(taken)),
+        rows.append({"digits": length, "place": place, "by": by, "part": part, "cells": "" if part.startswith(("all", "rest")) else ", ".join(cell_name(model, asked, cell) for cell in cells), "taken": " ".join(sorted(taken)),
                      "agrees": share(changes), "n": int(changes.sum()), "all": share(possible), "of": int(possible.sum()), "moved": moved[possible].mean(), "moved_agrees": share(moved)})
     return rows
 
@@ -253,9 +254,8 @@ def side_by_side(model: TransformerBridge, asked: Asked, cells: Sequence[Cell]) 
     return torch.cat(cell_values(activations_of(model, asked, {component: hook_name(model, component, 0) for component in ("z", "resid_mid")}), cells), 1)
 
 def activation_rows(model: TransformerBridge, place: str, length: int, parts: Mapping[str, Sequence[Cell]], n: int = LEARNED) -> list[dict]:
-    "For each part, and for the stream before the digit that is asked for: the share of the variance that a description tells in test problems with answers of `length` digits, fitted to up to `n` training problems."
-    found = [problems[problems.answer.astype(str).str.len() == length] for problems in (problems_of("train", n), problems_of("test"))]
-    both, rows = [ask(model, problems, place) for problems in found], []
+    "For each part, and for the stream before the digit that is asked for: the share of the variance that a description tells in test problems with answers of `length` digits, fitted to `n` training problems."
+    both, rows = [ask(model, problems, place) for problems in (problems_of("train", n, length), problems_of("test", length=length))], []
     digits = {name: [operand_digits(one.problems, name) for one in both] for name in ("tens", "units")}
     said = [(one.problems.answer.to_numpy() // 10 ** PLACES.index(place) % 10)[:, None] for one in both]
     def note(of: str, what: str, labels: Sequence[Int[np.ndarray, "some column"]], values: Sequence[Float[np.ndarray, "some width"]]) -> None:
@@ -274,51 +274,63 @@ def activation_rows(model: TransformerBridge, place: str, length: int, parts: Ma
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #3ccdfa4b
-def spanned(values: Float[Tensor, "problem width"], labels: Int[Tensor, "problem"], keep: float = 1e-3) -> Float[Tensor, "width dim"]:
-    "An orthonormal basis of what the means by label span, about their own mean; directions that hold less than `keep` of the largest are left out."
-    import torch
-    means = torch.stack([values[labels == label].mean(0) for label in labels.unique()])
-    sizes, rows = torch.linalg.svd(means - means.mean(0), full_matrices=False)[1:]
-    return rows[sizes > keep * sizes[0]].T
-
-def carry_bases(problems: pd.DataFrame, values: Float[Tensor, "problem width"], seed: int = 0) -> dict[str, Float[Tensor, "width dim"]]:
-    "The subspaces of the text above, from what is brought in these problems."
-    import torch
-    found = {"carry": spanned(values, carries(problems).long()), "sum": spanned(values, torch.tensor((problems.a % 10 + problems.b % 10).to_numpy()))}
-    random = torch.randn(values.shape[1], found["sum"].shape[1], generator=torch.Generator().manual_seed(seed))
-    return found | {"random": torch.linalg.qr(random)[0], "all": torch.eye(values.shape[1])}
-
-def subspace_flips(model: TransformerBridge, first: Asked, second: Asked, cells: Sequence[Cell], bases: Mapping[str, Float[Tensor, "width dim"]]) -> dict[str, Float[np.ndarray, "pair"]]:
-    "For each subspace, whether the first problem's digit flips to the second's (1 or 0) when these cells, side by side, are the second's in that subspace."
+def move_flips(model: TransformerBridge, first: Asked, second: Asked, cells: Sequence[Cell], moves: Mapping[str, Callable[[Float[Tensor, "pair width"], Float[Tensor, "pair width"]], Float[Tensor, "pair width"]]]) -> dict[str, Float[np.ndarray, "pair"]]:
+    "For each move, whether the first problem's digit flips to the second's (1 or 0) when it is added to these cells, side by side; a move gets what the first and the second problems have there."
     import torch
     row, (replay, seen, read) = torch.arange(n := len(first.rows)), both_runs(model, first, second)
     own, other = (cell_values(seen, cells, prompts) for prompts in (row, row + n))
-    gap, widths = torch.cat(other, 1) - torch.cat(own, 1), [value.shape[1] for value in own]
-    edits = [edit for i, basis in enumerate(bases.values()) for edit in cell_edits(cells, row + i * n, [value + part for value, part in zip(own, (gap @ basis @ basis.T).split(widths, 1))])]
-    said = replay.run(edits, row.repeat(len(bases)), read)[:, 0].argmax(-1).view(len(bases), n)
-    return {name: (digits == second.token).double().numpy() for name, digits in zip(bases, said)}
+    widths, edits = [value.shape[1] for value in own], []
+    for i, move in enumerate(moves.values()):
+        steps = move(torch.cat(own, 1), torch.cat(other, 1)).split(widths, 1)
+        edits += cell_edits(cells, row + i * n, [value + step for value, step in zip(own, steps)])
+    said = replay.run(edits, row.repeat(len(moves)), read)[:, 0].argmax(-1).view(len(moves), n)
+    return {name: (digits == second.token).double().numpy() for name, digits in zip(moves, said)}
+
+def unit_sums(problems: pd.DataFrame) -> Int[Tensor, "problem"]:
+    "The sum of the units of each problem, 0 to 18."
+    import torch
+    return torch.tensor((problems.a % 10 + problems.b % 10).to_numpy())
+
+# %% ../../nbs/23_addition_circuits.ipynb #9b911247
+def carry_moves_of_parts(learned: Asked, values: Float[Tensor, "problem width"], first: Asked, second: Asked, seed: int = 0) -> tuple[dict[str, Callable], Float[Tensor, "width"]]:
+    "The moves of the text above, from what is brought in the `learned` problems, and the direction of the carry, of length 1."
+    import torch
+    sums = unit_sums(learned.problems)
+    mixed = sums[torch.randperm(len(sums), generator=torch.Generator().manual_seed(seed))]
+    def between(labels: Int[Tensor, "problem"], of: Callable[[Int[Tensor, "pair"]], Int[Tensor, "pair"]] = lambda total: total) -> Float[Tensor, "pair width"]:
+        "From the mean of the first problem's label to that of the second's."
+        means = {int(label): values[labels == label].mean(0) for label in labels.unique()}
+        return torch.stack([means[int(to)] - means[int(start)] for start, to in zip(of(unit_sums(first.problems)), of(unit_sums(second.problems)))])
+    carry = lambda total: (total >= 10).long()
+    way = between_means(values, sums >= 10)
+    way = way / way.norm()
+    fixed = {"sum": between(sums), "carry": between(carry(sums), carry), "shuffled": between(mixed)}
+    moves = {"all": lambda own, other: other - own} | {name: lambda own, other, step=step: step for name, step in fixed.items()}
+    return moves | {"direction": lambda own, other: ((other - own) @ way)[:, None] * way}, way
 
 def carry_exchanges(model: TransformerBridge, length: int, cells: Sequence[Cell], seed: int = 0) -> tuple[dict[str, Float[np.ndarray, "pair"]], dict[str, float]]:
-    "`subspace_flips` of carry pairs of the test split, for what these cells bring in training problems; and how many dimensions the sum spans, and the share of the variance along the direction of the carry that a switch (carry or none) and that the sum tells in test problems."
-    both = [ask(model, problems[problems.answer.astype(str).str.len() == length], "tens") for problems in (problems_of("train", LEARNED), problems_of("test"))]
-    values, sums = [side_by_side(model, one, cells) for one in both], [(one.problems.a % 10 + one.problems.b % 10).to_numpy() for one in both]
-    bases = carry_bases(both[0].problems, values[0], seed)
-    along = [(some @ bases["carry"]).double().numpy() for some in values]
-    told = {name: explained(labels[0], along[0], labels[1], along[1]) for name, labels in (("switch", [(total >= 10).astype(int)[:, None] for total in sums]), ("sum", [total[:, None] for total in sums]))}
-    return subspace_flips(model, *known_pairs(model, "carry", "test", FLIP_PAIRS, length=length), cells, bases), {"dimensions": bases["sum"].shape[1], **told}
+    "`move_flips` of carry pairs of the test split, for what these cells bring; and the share of the variance along the direction of the carry that a switch (carry or none) and that the sum of the units tells in test problems."
+    both = [ask(model, problems, "tens") for problems in (problems_of("train", LEARNED, length), problems_of("test", length=length))]
+    values, pairs = [side_by_side(model, one, cells) for one in both], known_pairs(model, "carry", "test", FLIP_PAIRS, length=length)
+    moves, way = carry_moves_of_parts(both[0], values[0], *pairs, seed)
+    along, sums = [(some @ way[:, None]).double().numpy() for some in values], [unit_sums(one.problems).numpy() for one in both]
+    told = {name: explained(label(sums[0])[:, None], along[0], label(sums[1])[:, None], along[1]) for name, label in (("switch", lambda total: (total >= 10).astype(int)), ("sum", lambda total: total))}
+    return move_flips(model, *pairs, cells, moves), told
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #43cf770b
 def digit_task(model: TransformerBridge, place: str, length: int, split: str = "test", n: int = 64, wording: str = "question", seed: int = 0) -> Task:
-    "Up to `n` pairs of problems with answers of `length` digits, both answered right, whose digits at a place differ; the metric is the logit difference between them, where the digit is asked for."
-    problems = problems_of(split)
-    problems = problems[problems.answer.astype(str).str.len() == length].head(3 * n)
+    "Up to `n` pairs of problems with answers of `length` digits, both answered right, whose digits at a place differ; the metric is the logit difference between them, where the digit is asked for. Every other pair is made of problems of which the rest has none."
+    problems = problems_of(split, length=length).head(3 * n)
     right = (evaluate_addition(model, problems, [wording]).kind == "right").to_numpy()
-    asked = ask(model, problems[right], place, wording)
-    other = with_others(asked, seed)
-    some = (asked.token != other.token).nonzero()[:n, 0]
-    if len(some) < 4: raise InputError("model", f"{len(some)} pairs of right answers", "there is nothing to explain: at least 4 are needed")
-    return Task(f"{place} of {length} digits", asked.rows[some], other.rows[some], logit_diff(model, asked.token[some], other.token[some], int(asked.at[0])), model.to_str_tokens(asked.rows[0]))
+    asked, chosen = ask(model, problems[right], place, wording), []
+    for half in (np.arange(0, right.sum(), 2), np.arange(1, right.sum(), 2)):
+        other = np.random.default_rng(seed).permutation(half)
+        chosen.append([pair for pair in zip(half, other) if asked.token[pair[0]] != asked.token[pair[1]]][:n // 2])
+    pairs = np.array([pair for both in zip(*chosen) for pair in both])
+    if len(pairs) < 4: raise InputError("model", f"{len(pairs)} pairs of right answers", "there is nothing to explain: at least 4 are needed")
+    one, other = (asked.some(some) for some in pairs.T)
+    return Task(f"{place} of {length} digits", one.rows, other.rows, logit_diff(model, one.token, other.token, int(one.at[0])), model.to_str_tokens(one.rows[0]))
 
 CIRCUITS = (("tens", 2), ("units", 2))
 
@@ -326,11 +338,11 @@ def circuit_row(model: TransformerBridge, place: str, length: int, seed: int = 0
     "What a model's circuit for one digit does on the pairs that did not choose it, and on pairs in other wordings; and its edges."
     task = digit_task(model, place, length, seed=seed)
     circuit = find_circuit(model, task)
-    found = evaluate_circuit(model, halves(task)[1], circuit, n_subsets=2)
+    found = evaluate_circuit(model, halves(task)[1], circuit, n_subsets=3)
     row = {"place": place, "digits": length, "edges": found.n_edges, "edge_share": found.n_edges / found.total, "faithfulness": found.faithfulness, "ci_low": found.ci_low, "ci_high": found.ci_high, "necessity": found.necessity, "incompleteness": found.incompleteness,
            "least_minimality": min(found.minimality.values()), "best_random": max(found.random), "best_matched": max(found.matched), "p": found.p, "most_outside": max(found.outside), "p_necessity": found.p_necessity, "n": found.n}
     for wording in TRAINED[1:]:
-        runner = Runner(model, digit_task(model, place, length, wording=wording, seed=seed))
+        runner = Runner(model, halves(digit_task(model, place, length, wording=wording, seed=seed))[1])
         row[wording] = float(runner.share(runner(runner.graph.mask(circuit)[None])))
     return row, circuit.assign(place=place, digits=length)
 
@@ -377,13 +389,21 @@ def random_patterns(n: int, seed: int = 0) -> Float[np.ndarray, "digit pattern"]
     drawn = np.random.default_rng(seed).normal(size=(10, n))
     return np.linalg.qr(drawn - drawn.mean(0))[0]
 
+def shuffled_best(vectors: Float[np.ndarray, "digit d_model"], seed: int = 0) -> Float[np.ndarray, "digit pattern"]:
+    "The patterns of the two strongest frequencies of the digits in a random order; of those that are as many as in the true order's, the first drawn."
+    draw, wanted = np.random.default_rng(seed), wave_patterns(np.argsort(wave_shares(vectors))[-2:] + 1).shape[1]
+    while True:
+        order = draw.permutation(10)
+        patterns = wave_patterns(np.argsort(wave_shares(vectors[order]))[-2:] + 1)
+        if patterns.shape[1] == wanted: return patterns[np.argsort(order)]
+
 def right_without(model: TransformerBridge, asked: Asked, patterns: Mapping[str, Float[np.ndarray, "digit pattern"]]) -> dict[str, Float[np.ndarray, "problem"]]:
     "Whether the digit that is asked for is right (1 or 0) with these patterns taken out of the embeddings of the operands' digits."
     import torch
     replay, row = Replay(model, asked.rows, keep=["resid_pre"]), torch.arange(n := len(asked.rows))
     vectors, numbers, edits = digit_embeddings(model), asked.problems[["a", "b"]].to_numpy(), []
     for i, taken in enumerate(patterns.values()):
-        change = torch.tensor(without_patterns(vectors, taken) - vectors, dtype=replay.kept["resid_pre"][0].dtype)
+        change = torch.tensor(-taken @ (taken.T @ vectors), dtype=replay.kept["resid_pre"][0].dtype)
         for digit in DIGITS:
             at, value = asked.positions[digit], numbers[:, "ab".index(digit[0])] // 10 ** PLACES.index(digit[2:]) % 10
             edits.append(Edit("resid_pre", 0, row + i * n, replay.kept["resid_pre"][0][row, at] + change[value], at))
@@ -458,26 +478,30 @@ def early_name(subject: Subject) -> str:
     "The name of the model that is kept from halfway through the same training."
     return f"{subject.family}/seed{subject.seed}-early"
 
+# %% ../../nbs/23_addition_circuits.ipynb #6aad9b9e
 Asks = Callable[[Subject], tuple[dict[str, "pd.DataFrame"], dict[str, float]]]                 # of one model: tables, and numbers by name
 
 def for_each_model(asks: Asks, subjects: Sequence[Subject]) -> list[tuple[dict[str, pd.DataFrame], dict[str, float]]]:
-    "What each model has to say, in order: as many at a time as there are processors, each with one thread and about half a gigabyte."
+    "What each model has to say, in order: as many at a time as there are processors for this process, each with one thread and about half a gigabyte; one after another where there is one, or where `asks` is not in a module."
     import os, torch
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
     from tqdm import tqdm
-    with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(subjects))), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return list(tqdm(pool.map(asks, subjects), total=len(subjects), desc=asks.__name__, unit="model"))
+    bar = partial(tqdm, total=len(subjects), desc=asks.__name__, unit="model")
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(subjects))
+    if workers < 2 or asks.__module__ == "__main__": return list(bar(map(asks, subjects)))
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool: return list(bar(pool.map(asks, subjects)))
 
 def gathered(asks: Asks, what: Mapping[str, tuple[str, str, tuple[float, float] | None]]) -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "The tables of all models, and one number for each family, group of seeds and name; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
+    "The tables of all models, and one number for each family, group of seeds and name, over the seeds that have it; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
     import pandas as pd
     tables, found, subjects = {}, {}, studied()
     for subject, (frames, numbers) in zip(subjects, for_each_model(asks, subjects)):
         for name, frame in frames.items():
             frame.insert(0, "model", subject.family), frame.insert(1, "seed", subject.seed)
             tables.setdefault(name, []).append(frame)
-        for name, value in numbers.items(): found.setdefault((subject.family, f"{'' if subject.seed in DESIGN else 'kept_'}{name}"), []).append(float(value))
+        for name, value in numbers.items():
+            if np.isfinite(value): found.setdefault((subject.family, f"{'' if subject.seed in DESIGN else 'kept_'}{name}"), []).append(float(value))
     def one(name: str, values: Sequence[float]) -> Result | None:
         "One number from one for each seed."
         how = what[name.removeprefix("kept_")]
@@ -502,7 +526,8 @@ def accuracy_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, fl
     "How often a model is right on the confirmation split, by wording, carries and sum; and of what kind its errors are halfway through training, on the test split."
     import pandas as pd
     course, numbers = course_of(subject), {}
-    for (kind, group), some in course.groupby(["kind", "group"]): numbers[f"learned_{kind}_{group}"] = lasting_from(some.step.tolist(), some.right.tolist(), 0.9) or some.step.max()
+    for (kind, group), some in course.groupby(["kind", "group"]):
+        if (learned := lasting_from(some.step.tolist(), some.right.tolist(), 0.9)) is not None: numbers[f"learned_{kind}_{group}"] = learned
     answers = evaluate_addition(subject.open(), problems_of("confirmation"), (*TRAINED, FRESH))
     usual, halfway = answers[answers.wording.isin(TRAINED)], evaluate_addition(load_model(early_name(subject), device="cpu"), problems_of("test"))
     wrong = halfway[halfway.kind != "right"]
@@ -593,7 +618,8 @@ def flips_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float
     table = pd.concat([flip_rows(model, kind) for kind in PAIRS], ignore_index=True)
     for kind, rows in table.groupby("kind"):
         head, mlp, heads = best_part(rows, False), best_part(rows, True), rows[~rows.part.str.startswith("MLP")]
-        numbers |= {f"{kind}_best_head": head.measures, f"{kind}_best_head_shuffled": head.shuffled, f"{kind}_best_head_in_layer_0": head.part.startswith("L0"), f"{kind}_head_of_layer_0": head.part.startswith("L0") and head.measures >= 0.5, f"{kind}_one_head": head.measures >= 0.5,
+        lower = best_part(rows[rows.part.str.startswith("L0")], False)
+        numbers |= {f"{kind}_best_head": head.measures, f"{kind}_best_head_shuffled": head.shuffled, f"{kind}_best_head_in_layer_0": head.part.startswith("L0"), f"{kind}_head_of_layer_0": lower.measures >= 0.5, f"{kind}_one_head": head.measures >= 0.5,
                     f"{kind}_best_mlp": mlp.measures, f"{kind}_best_mlp_is_0": mlp.part == "MLP 0", f"{kind}_heads_over_half": (heads.flips >= 0.5).sum(), f"{kind}_mean_head": heads.flips.mean()}
     head = best_part(table[table.kind == "carry"], False).part
     return {"flips": table}, numbers | {"carry_head_on_digits": table[(table.part == head) & (table.kind != "carry")].flips.max()}
@@ -634,8 +660,10 @@ def places_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     what = {f"{name}_{kind}_{length}": (f"share of seeds in which half of the pairs that differ in {kind}, with answers of {length} digits, flip with the outputs of layer 0 {where}", "", (0, 1)) for kind in PAIRS for length in (2, 3)
             for name, where in (("fetched", "at one earlier place"), ("on_the_spot", "where the digit is asked for"))}
     results, tables = gathered(places_of, what)
-    ways, drawn = ways_of(tables["places"]), resampled_ways(tables["places"])
-    return results | ways_results(tables["places"], ways, drawn), tables | {"ways": ways}
+    places = tables["places"]
+    for name, some in (("all", places[places.seed.isin(DESIGN)]), ("all_kept", places[~places.seed.isin(DESIGN)]), ("every", places)):
+        if len(some[["model", "seed"]].drop_duplicates()) > 2: results |= ways_results(some, name)
+    return results, tables | {"ways": ways_of(places)}
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #85f62dc3
@@ -652,19 +680,21 @@ def silhouette(distances: Float[np.ndarray, "model other"], groups: Int[np.ndarr
     "The mean over models of (b - a) / max(a, b), with the mean distance a to the own group and b to the nearest other one; 0 for a model alone (Rousseeuw 1987)."
     scores = []
     for i, own in enumerate(groups):
-        means = {group: distances[i][(groups == group) & (np.arange(len(groups)) != i)].mean() if ((groups == group) & (np.arange(len(groups)) != i)).any() else None for group in set(groups)}
-        a, b = means.pop(own), min(means.values())
-        scores.append(0.0 if a is None else (b - a) / max(a, b, 1e-12))
+        others = np.arange(len(groups)) != i
+        means = {group: distances[i][(groups == group) & others].mean() for group in set(groups[others])}
+        b = min(mean for group, mean in means.items() if group != own)
+        scores.append((b - means[own]) / max(means[own], b, 1e-12) if own in means else 0.0)
     return float(np.mean(scores))
 
 def best_groups(distances: Float[np.ndarray, "model other"]) -> tuple[Int[np.ndarray, "model"], float]:
-    "The groups of average linkage with the best silhouette, of two to one less than there are models, and that silhouette."
+    "The groups of average linkage with the best silhouette, of two to one less than there are models, and that silhouette; an `InputError` for fewer than three models, or for models that are all alike."
     from scipy.cluster.hierarchy import average, fcluster
     from scipy.spatial.distance import squareform
+    if len(distances) < 3 or not distances.any(): raise InputError("distances", f"{len(distances)} models", "allowed: at least 3 that are not all alike")
     tree = average(squareform(distances, checks=False))
-    options = [groups for k in range(2, len(distances)) for groups in [fcluster(tree, k, "maxclust")] if 1 < len(set(groups)) < len(groups)]
-    best = max(options, key=lambda groups: silhouette(distances, groups))
-    return best, silhouette(distances, best)
+    options = [(silhouette(distances, groups), groups) for k in range(2, len(distances)) for groups in [fcluster(tree, k, "maxclust")] if 1 < len(set(groups)) < len(groups)]
+    score, groups = max(options, key=lambda option: option[0])
+    return groups, score
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #1f74b9e5
@@ -686,33 +716,38 @@ def resampled_ways(places: pd.DataFrame, n: int = 200, seed: int = 0) -> pd.Data
         rows.append({"ways": len(ways.drop(columns=["model", "seed", "group"]).drop_duplicates()), "groups": ways.group.nunique()})
     return pd.DataFrame(rows)
 
+# %% ../../nbs/23_addition_circuits.ipynb #2f7d804b
 def mixed_silhouettes(maps: pd.DataFrame, n: int = 200, seed: int = 0) -> Float[np.ndarray, "n"]:
-    "The best silhouette of as many models put together at random, each kind of pair from another model."
-    draw, found = np.random.default_rng(seed), []
+    "The best silhouette of as many models put together at random, each place and number of digits from another model of the same architecture, both operands from the same."
+    draw, family, found = np.random.default_rng(seed), maps.index.get_level_values("model").to_numpy(), []
+    block = [f"{kind.rpartition('_')[2]} {digits}" for kind, digits, _ in maps.columns]
     for _ in range(n):
-        parts = [part.T.to_numpy()[draw.permutation(len(maps))] for _, part in maps.T.groupby(level=["kind", "digits"])]
-        values = np.hstack(parts)
-        found.append(best_groups(np.abs(values[:, None] - values[None]).sum(-1) / 2 / len(parts))[1])
+        values = maps.to_numpy().copy()
+        for name, own in itertools.product(dict.fromkeys(block), dict.fromkeys(family)):
+            columns, rows = np.flatnonzero(np.array(block) == name), np.flatnonzero(family == own)
+            values[np.ix_(rows, columns)] = maps.to_numpy()[np.ix_(draw.permutation(rows), columns)]
+        found.append(best_groups(way_distances(maps * 0 + values))[1])
     return np.array(found)
 
-def ways_results(places: pd.DataFrame, ways: pd.DataFrame, drawn: pd.DataFrame) -> dict[str, Result]:
-    "How many ways and groups there are, with what new draws of pairs would give; the silhouette beside that of mixed models; and whether models of one architecture are nearer to each other."
-    maps, signature, n = place_maps(places), ways.drop(columns=["model", "seed", "group"]), len(ways)
-    distances, mixed = way_distances(maps), mixed_silhouettes(maps)
-    family, score = ways.model.to_numpy(), best_groups(distances)[1]
-    upper = np.triu(np.ones((n, n), dtype=bool), 1)
-    same, groups = family[:, None] == family[None], ways.groupby("group").model
+def ways_results(places: pd.DataFrame, prefix: str) -> dict[str, Result]:
+    "How many ways and groups there are among these models, beside what new draws of pairs and models put together at random would give; and whether models of one architecture are nearer to each other."
+    maps, ways, drawn = place_maps(places), ways_of(places), resampled_ways(places)
+    distances, mixed, n = way_distances(maps), mixed_silhouettes(maps), len(ways)
+    family, score, upper = ways.model.to_numpy(), best_groups(distances)[1], np.triu(np.ones((n, n), dtype=bool), 1)
+    same, signature = family[:, None] == family[None], [column for column in ways if column not in ("model", "seed", "group")]
     def spread(value: float, values: Sequence[float], unit: str, how: str) -> Result:
         "A value with the middle 95% of others."
         low, high = np.percentile(values, [2.5, 97.5])
         return Result(float(value), min(float(low), float(value)), max(float(high), float(value)), n=n, seeds=n, unit=unit, how=how)
-    found = {"ways": spread(len(signature.drop_duplicates()), drawn.ways, "ways", "different ways among the models; interval: new draws of the pairs"), "groups": spread(ways.group.nunique(), drawn.groups, "groups", "groups of models by average linkage and silhouette; interval: new draws of the pairs"),
-             "mixed_silhouette": spread(np.median(mixed), mixed, "", "best silhouette of models put together at random, median and middle 95%"), "silhouette_beyond_mixed": rate_result(int((mixed < score).sum()), len(mixed), unit="", how="share of draws of mixed models whose best silhouette is less than that of the models"),
-             "silhouette": spread(score, [score], "", "silhouette of the groups")}
+    shared = {kind: [len(set(group.model)) for _, group in ways.groupby(by) if len(group) > 1] for kind, by in (("ways", signature), ("groups", "group"))}
+    found = {"ways": spread(ways[signature].drop_duplicates().shape[0], drawn.ways, "ways", "different ways among the models; interval: new draws of the pairs"), "groups": spread(ways.group.nunique(), drawn.groups, "groups", "groups of models by average linkage and silhouette; interval: new draws of the pairs"),
+             "silhouette": spread(score, [score], "", "silhouette of the groups"), "mixed_silhouette": spread(np.median(mixed), mixed, "", "best silhouette of models put together at random, median and middle 95%"),
+             "silhouette_beyond_mixed": rate_result(int((mixed < score).sum()), len(mixed), unit="", how="share of draws of mixed models whose best silhouette is less than that of the models")}
     for name, some in (("within", upper & same), ("across", upper & ~same)):
         if some.any(): found[f"distance_{name}"] = spread(distances[some].mean(), distances[some], "", f"distance of two models {'of one architecture' if name == 'within' else 'of different architectures'}, mean and middle 95%")
-    if len(set(family)) > 1: found["groups_of_one_family"] = rate_result(int((groups.nunique() == 1).sum()), groups.ngroups, unit="", how="share of the groups whose models are all of one architecture")
-    return {f"all_{name}": result for name, result in found.items()}
+    for kind, families in shared.items():
+        if families and len(set(family)) > 1: found[f"{kind}_of_one_family"] = rate_result(sum(number == 1 for number in families), len(families), unit="", how=f"share of the {kind} of two models or more that are all of one architecture")
+    return {f"{prefix}_{name}": result for name, result in found.items()}
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #75a4cfe1
@@ -761,18 +796,22 @@ def algorithm_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, f
         brought += activation_rows(model, place, length, parts := effect_parts(effects))
         if place == "tens" and parts["below"]:
             exchanged, told_along = carry_exchanges(model, length, parts["below"], subject.seed)
-            shared += [{"digits": length, "subspace": name, "flips": values.mean(), "n": len(values)} for name, values in exchanged.items()]
+            shared += [{"digits": length, "move": name, "flips": values.mean(), "n": len(values)} for name, values in exchanged.items()]
             numbers |= {f"exchanged_{name}_{length}": values.mean() for name, values in exchanged.items()} | {f"along_carry_{name}_{length}": value for name, value in told_along.items()}
     said = pd.DataFrame(told)
     for row in said[~said.part.isin(["one", "rest"])].itertuples(): numbers[f"{row.by}_{row.part.replace(' ', '_')}_{row.place}_{row.digits}"] = row.agrees
+    for row in said[(said.by == "effect") & said.part.isin(list(PARTS))].itertuples(): numbers[f"holds_{row.part}_{row.place}_{row.digits}"] = row.agrees >= 0.9
     for row in said[said.part == "rest"].itertuples(): numbers[f"rest_{row.place}_{row.digits}"] = row.all
     ours = said[(said.by == "effect") & ~said.part.str.startswith("all but")]
     for part, some in (("parts", ours[ours.part.isin(list(PARTS))]), ("single", ours[ours.part == "one"]), ("every", ours)):
         runs, moved = some["of"].sum(), (some["of"] * some.moved).sum()
         numbers |= {f"{part}_all": (some["all"] * some["of"]).sum() / runs, f"{part}_unmoved": 1 - moved / runs, f"{part}_moved": (some.moved_agrees.fillna(0) * some["of"] * some.moved).sum() / moved}
     for row in (explains := pd.DataFrame(brought)).itertuples(): numbers[f"told_{row.of.replace(' ', '_')}_{row.what.replace(' ', '_')}_{row.place}_{row.digits}"] = row.told
-    return {"algorithm": said, "activations": explains, "subspaces": pd.DataFrame(shared)}, numbers
+    same = explains[explains.of == "same"]
+    numbers |= {"tables_tell": same[same.what == "own digits"].told.min() >= 0.8 and same[same.what == "other digits"].told.max() < 0.2, "every_predicted": numbers["every_moved"] >= 0.8}
+    return {"algorithm": said, "activations": explains, "carry_moves": pd.DataFrame(shared)}, numbers
 
+# %% ../../nbs/23_addition_circuits.ipynb #a7cc332f
 def algorithm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The algorithm and every model."
     what = {}
@@ -780,12 +819,16 @@ def algorithm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         asked = f"{place} of answers of {length} digits"
         for by, part in itertools.product(("attention", "effect"), PARTS):
             chosen = f"{PARTS[part]} (chosen by {by})"
+            if by == "effect": what[f"holds_{part}_{place}_{length}"] = (f"share of seeds in which nine in ten of the {asked} are what the algorithm says with {chosen} as in another problem, of those that this should change", "", (0, 1))
             what |= {f"{by}_{part}_{place}_{length}": (f"share of the {asked} that are what the algorithm says with {chosen} as in another problem, of those that this should change", "", (0, 1)), f"{by}_all_but_{part}_{place}_{length}": (f"the same with everything exchanged but {chosen}; {asked}", "", (0, 1))}
-        if place == "tens": what |= {f"exchanged_{name}_{length}": (f"share of carry pairs, answers of {length} digits, that flip when what brings the place below is exchanged in the subspace: {name}", "", (0, 1)) for name in ("carry", "sum", "random", "all")} | {
-            f"along_carry_dimensions_{length}": (f"dimensions that the means by the sum of the units span, answers of {length} digits", "dimensions", None), f"along_carry_switch_{length}": (f"share of the variance along the direction of the carry that a switch tells, answers of {length} digits", "", (-1, 1)), f"along_carry_sum_{length}": (f"share of the variance along the direction of the carry that the sum of the units tells, answers of {length} digits", "", (-1, 1))}
+        moved = {"all": "exchanged", "sum": "moved between the means by sum of the units", "carry": "moved between the means by carry", "shuffled": "moved between the means by shuffled sums", "direction": "exchanged along the direction of the carry alone"}
+        if place == "tens":
+            what |= {f"exchanged_{name}_{length}": (f"share of carry pairs, answers of {length} digits, that flip when what brings the place below is {how}", "", (0, 1)) for name, how in moved.items()}
+            what |= {f"along_carry_{name}_{length}": (f"share of the variance along the direction of the carry that {of} tells, answers of {length} digits", "", (-1, 1)) for name, of in (("switch", "a switch"), ("sum", "the sum of the units"))}
         what[f"rest_{place}_{length}"] = (f"share of the {asked} that stay with everything exchanged that brings neither", "", (0, 1))
         for part, digits in itertools.product(PARTS, ("own", "other")): what[f"told_{part}_{digits}_digits_{place}_{length}"] = (f"share of the variance of {PARTS[part]} that tables of {'these digits' if digits == 'own' else 'the digits of the other place'} tell in test problems; {asked}", "", (-1, 1))
         for passed, of in itertools.product(("embed", "0", "1"), ("operands", "said")): what[f"told_stream_{passed}_{of}_{place}_{length}"] = (f"share of the variance of the stream {'before layer 0' if passed == 'embed' else f'after layer {passed}'}, where the {asked} are asked for, that {'tables of the four operand digits tell' if of == 'operands' else 'the digit that is said tells'} in test problems", "", (-1, 1))
+    what |= {"tables_tell": ("share of seeds in which tables of the own digits tell 0.8 of what brings the digits of the place that is asked for, and those of the other place less than 0.2, at tens and units of two and three digits", "", (0, 1)), "every_predicted": ("share of seeds in which 0.8 of the runs that say another digit say that of the algorithm", "", (0, 1))}
     for name, runs in (("parts", "with a part exchanged"), ("single", "with a single output exchanged"), ("every", "with a part, a single output, or what brings neither exchanged")):
         what |= {f"{name}_all": (f"share of runs {runs} in which the model says what the algorithm says", "", (0, 1)), f"{name}_unmoved": (f"share of runs {runs} in which the model says its own digit", "", (0, 1)), f"{name}_moved": (f"share of runs {runs} that say another than the own digit in which it is the algorithm's", "", (0, 1))}
     return gathered(algorithm_of, what)
@@ -833,10 +876,12 @@ def waves_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float
         numbers |= {f"{name}_two_best": two_best(shares), f"{name}_two_best_shuffled": null.mean(), f"{name}_beyond_shuffled": (1 + (null >= two_best(shares) - 1e-12).sum()) / (1 + len(null)) < 0.05, f"{name}_line": line_share(vectors), f"{name}_slowest": shares[0]}
     best = np.argsort(wave_shares(held["embedding"]))[-2:] + 1
     taken = {"two_best": wave_patterns(best), "the_others": wave_patterns([k for k in range(1, 6) if k not in best])}
-    taken |= {f"random_{i}": random_patterns(taken["two_best"].shape[1], 100 * subject.seed + i) for i in range(20)} | {f"{k}": wave_patterns([k]) for k in range(1, 6)}
+    taken |= {f"random_{i}": random_patterns(taken["two_best"].shape[1], 100 * subject.seed + i) for i in range(20)} | {f"shuffled_{i}": shuffled_best(held["embedding"], 100 * subject.seed + i) for i in range(20)} | {f"{k}": wave_patterns([k]) for k in range(1, 6)}
+    taken["largest"] = np.linalg.svd(held["embedding"] - held["embedding"].mean(0))[0][:, :taken["two_best"].shape[1]]
     right = {name: values.mean() for name, values in right_without(model, asked, taken).items()}
-    random = [share for name, share in right.items() if name.startswith("random")]
-    numbers |= {"right_without_two_best": right["two_best"], "right_with_two_best": right["the_others"], "right_without_random": np.mean(random), "two_best_matter": right["two_best"] < 0.5, "two_best_above_random": right["two_best"] < min(random)}
+    random, shuffled = ([share for name, share in right.items() if name.startswith(kind)] for kind in ("random", "shuffled"))
+    numbers |= {"right_without_two_best": right["two_best"], "right_with_two_best": right["the_others"], "right_without_random": np.mean(random), "right_without_shuffled": np.mean(shuffled), "right_without_largest": right["largest"],
+                "two_best_matter": right["two_best"] < 0.5, "two_best_above_random": right["two_best"] < min(random), "two_best_above_shuffled": right["two_best"] < min(shuffled)}
     return {"waves": pd.DataFrame(rows), "without_waves": pd.DataFrame([{"taken": name, "right": share, "n": len(asked.rows)} for name, share in right.items()])}, numbers
 
 def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
@@ -845,15 +890,16 @@ def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     what = {f"{name}_{number}": (text.format(of), "", (0, 1)) for name, of in held.items() for number, text in (("two_best", "share of the variance of {} in their two strongest frequencies"), ("two_best_shuffled", "share of the variance of {}, the digits in random orders, in two frequencies"), ("line", "share of the variance of {} that a straight line holds"),
             ("slowest", "share of the variance of {} that one turn in ten digits holds"), ("beyond_shuffled", "share of seeds in which two frequencies hold more of {} than in 95% of random orders"))}
     return gathered(waves_of, what | {"right_without_two_best": ("share of the units that are right without the two strongest frequencies of the operand digits' embeddings", "", (0, 1)), "right_with_two_best": ("share of the units that are right with the two strongest frequencies alone", "", (0, 1)), "right_without_random": ("share of the units that are right without as many random patterns, mean of twenty draws", "", (0, 1)),
-        "two_best_matter": ("share of seeds in which fewer than half of the units are right without the two strongest frequencies", "", (0, 1)), "two_best_above_random": ("share of seeds in which fewer are right without these than without any of twenty draws of random patterns", "", (0, 1))})
+        "two_best_matter": ("share of seeds in which fewer than half of the units are right without the two strongest frequencies", "", (0, 1)), "two_best_above_random": ("share of seeds in which fewer are right without these than without any of twenty draws of random patterns", "", (0, 1)),
+        "right_without_shuffled": ("share of the units that are right without the two strongest frequencies of the digits in random orders, mean of twenty draws", "", (0, 1)), "right_without_largest": ("share of the units that are right without as many principal components of the digits' embeddings", "", (0, 1)), "two_best_above_shuffled": ("share of seeds in which fewer are right without the two strongest frequencies than without those of any of twenty random orders", "", (0, 1))})
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #85d87b84
 def beyond(n: int = PROBLEMS, seed: int = 0) -> dict[str, tuple[pd.DataFrame, bool]]:
-    "Problems that no model was trained on, by name, and whether their digits are written in reverse: up to `n` of each, drawn at random."
+    "Problems that no model was trained on, by name, and whether their digits are written in reverse: up to `n` of each, drawn at random. Of the reversed, those whose answer does not read the same both ways; nothing in the prompt asks for them."
     draw = np.random.default_rng(seed)
     found = {"three_digits": addition_problems(draw.integers(100, 1000, n), draw.integers(100, 1000, n), digits=3), "subtraction": addition_problems(operation="subtract"), "increment": addition_problems(operation="increment"),
-             "one_digit": addition_problems(digits=1), "reversed": problems_of("test")}
+             "one_digit": addition_problems(digits=1), "reversed": (test := problems_of("test"))[test.answer.astype(str) != test.answer.astype(str).str[::-1]]}
     return {name: (problems.sample(min(n, len(problems)), random_state=seed).reset_index(drop=True), name == "reversed") for name, problems in found.items()}
 
 def beyond_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
@@ -873,7 +919,7 @@ def _files() -> list[Path]:
     return [home() / "models" / name for subject in studied() for name in (f"{subject.family}/seed{subject.seed}", early_name(subject))]
 
 _SIZES = {"problems": PROBLEMS, "pairs": FLIP_PAIRS, "learned": LEARNED}
-STAGES = {name: Stage(stage, _SIZES, LOOKED_AT, _files) for name, stage in (("accuracy", accuracy_stage), ("halfway", halfway_stage), ("ablation", ablation_stage), ("flips", flips_stage), ("places", places_stage), ("carry", carry_stage), ("algorithm", algorithm_stage), ("circuits", circuits_stage), ("waves", waves_stage), ("beyond", beyond_stage))}
+STAGES = {name: Stage(stage, _SIZES, LOOKED_AT, _files, lambda: None if studied() else "no model that adds is shipped here") for name, stage in (("accuracy", accuracy_stage), ("halfway", halfway_stage), ("ablation", ablation_stage), ("flips", flips_stage), ("places", places_stage), ("carry", carry_stage), ("algorithm", algorithm_stage), ("circuits", circuits_stage), ("waves", waves_stage), ("beyond", beyond_stage))}
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #ce030a74
@@ -884,7 +930,9 @@ def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str
     answers = evaluate_addition(model, problems, wordings, steps=8)
     tables = {"answers": answers, "accuracy": pd.concat([summary_of(answers, by).rename(columns={by: "group"}).assign(by=by) for by in ("wording", "carry", "bucket")], ignore_index=True)}
     for name, table in tables.items(): write_text(out / f"{name}.csv", table.to_csv(index=False))
-    if not (answers[answers.wording == "question"].kind == "right").any(): raise InputError("model", f"0 of {n} problems answered right", f"there is nothing to explain; what it said is in {out / 'answers.csv'}")
+    asked = answers[answers.wording == "question"]
+    right, (number, _, by_luck) = (asked.kind == "right").mean(), favourite(asked)
+    if right <= by_luck: raise InputError("model", f"{right:.1%} of {n} problems answered right, where always saying {number:g} would be right in {by_luck:.1%}", f"there is nothing to explain; what it said is in {out / 'answers.csv'}")
     save_activations(model, problems, out)
     tables["ablation"] = pd.DataFrame([{"part": part, "place": place, "method": method, "lost": lost.mean(), "n": len(lost)} for place in PLACES[:3] for asked in [ask(model, problems, place)] for method in ABLATIONS for part, lost in ablated(model, asked, method).items()])
     write_text(out / "ablation.csv", tables["ablation"].to_csv(index=False))
