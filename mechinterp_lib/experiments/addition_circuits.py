@@ -661,7 +661,8 @@ def places_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             for name, where in (("fetched", "at one earlier place"), ("on_the_spot", "where the digit is asked for"))}
     results, tables = gathered(places_of, what)
     places = tables["places"]
-    for name, some in (("all", places[places.seed.isin(DESIGN)]), ("all_kept", places[~places.seed.isin(DESIGN)]), ("every", places)):
+    kept_ones = ~places.seed.isin(DESIGN)
+    for name, some in (("all", places[~kept_ones]), ("all_kept", places[kept_ones]), ("every", places[kept_ones.any() | kept_ones])):
         if len(some[["model", "seed"]].drop_duplicates()) > 2: results |= ways_results(some, name)
     return results, tables | {"ways": ways_of(places)}
 
@@ -700,6 +701,7 @@ def best_groups(distances: Float[np.ndarray, "model other"]) -> tuple[Int[np.nda
 # %% ../../nbs/23_addition_circuits.ipynb #1f74b9e5
 def ways_of(places: pd.DataFrame) -> pd.DataFrame:
     "For each model its way, kind by kind, and the group that it belongs to."
+    import pandas as pd
     maps, rows = place_maps(places), []
     groups = best_groups(way_distances(maps))[0]
     for (who, shares), group in zip(maps.iterrows(), groups):
@@ -710,6 +712,7 @@ def ways_of(places: pd.DataFrame) -> pd.DataFrame:
 
 def resampled_ways(places: pd.DataFrame, n: int = 200, seed: int = 0) -> pd.DataFrame:
     "What a new draw of as many pairs would give, `n` times: the number of ways and of groups."
+    import pandas as pd
     draw, rows = np.random.default_rng(seed), []
     for _ in range(n):
         ways = ways_of(places.assign(flips=draw.binomial(places.n, places.flips.clip(0, 1)) / places.n))
@@ -944,8 +947,13 @@ def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str
 def findings(results: dict[str, Result]) -> list[str]:
     "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
     sentences = [
-        ("Two-layer GPT-2 models that add two-digit numbers, {} of untouched problems right in the wordings that they know and {} in one that they do not, do most of it with the heads of layer 0: where the tens of a two-digit answer are asked for, some heads bring the tens of both operands and others the units. Told about another problem, the ones make the model say what a short function says in {} of the problems, the others in {}.",
-         "addition_gpt2_accuracy_question", "addition_gpt2_accuracy_add", "addition_gpt2_same_tens_exchanged_2", "addition_gpt2_below_tens_exchanged_2"),
-        ("The carry is no single direction: with the streams exchanged in the span of the means by the sum of the units, {} of the pairs that differ in the carry alone flip, with the whole stream at the same places {}, in the direction of the carry {}; a probe reads the carry in {} of the problems, and in {} in models that were never trained.",
-         "addition_gpt2_exchanged_sum", "addition_gpt2_exchanged_all", "addition_gpt2_exchanged_carry", "addition_gpt2_probe_first_0_trained", "addition_gpt2_probe_first_0_untrained")]
+        ("Two-layer models of two architectures learn to add two-digit numbers, {} and {} of untouched problems right, in the words that they know; in others {} and {} (GPT-2 and Qwen3 blocks, seeds 0 to 4; seeds 5 to 9 are not looked at yet).",
+         "addition_gpt2_accuracy_question", "addition_qwen_accuracy_question", "addition_gpt2_accuracy_add", "addition_qwen_accuracy_add"),
+        ("One short function says what they say: with the outputs of layer 0 that bring the digits of one place told about another problem, the tens of two digits are what it says in {} and {} of the problems, with those that bring the place below in {} and {}.",
+         "addition_gpt2_effect_same_tens_2", "addition_qwen_effect_same_tens_2", "addition_gpt2_effect_below_tens_2", "addition_qwen_effect_below_tens_2"),
+        ("Where it is computed differs from seed to seed: {} ways among the models; of the groups of two or more that they fall into, {} are of one architecture alone.", "all_ways", "all_groups_of_one_family"),
+        ("Along the direction of the carry, a switch with two positions tells {} of the variance in GPT-2 blocks, {} in Qwen3 blocks, where it is the sum of the units that lies there, {}.",
+         "addition_gpt2_along_carry_switch_2", "addition_qwen_along_carry_switch_2", "addition_qwen_along_carry_sum_2"),
+        ("Two frequencies of the digits' embeddings are enough for {} and {} of the units, and without them {} and {} are right; without as many principal components {} and {}.",
+         "addition_gpt2_right_with_two_best", "addition_qwen_right_with_two_best", "addition_gpt2_right_without_two_best", "addition_qwen_right_without_two_best", "addition_gpt2_right_without_largest", "addition_qwen_right_without_largest")]
     return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
