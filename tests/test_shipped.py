@@ -29,7 +29,9 @@ def test_transformers_opens_them(name):
     from transformers import AutoModelForCausalLM
     plain, model = AutoModelForCausalLM.from_pretrained(home() / "models" / name, dtype=torch.float64).eval(), load_model(name, device="cpu", dtype=torch.float64)
     tokens = torch.randint(model.cfg.d_vocab, (4, model.cfg.n_ctx), generator=generator("opened"))
-    with torch.no_grad(): assert (plain(tokens).logits - model(tokens)).abs().max() < 1e-5
+    with torch.no_grad(): ours, theirs = model(tokens), plain(tokens).logits
+    rounding = theirs.abs().max() if model.cfg.normalization_type == "RMS" else 1                # transformers' RMSNorm rounds to 32 bits, whatever the weights are
+    assert (ours - theirs).abs().max() < 1e-5 * rounding
     single, model = AutoModelForCausalLM.from_pretrained(home() / "models" / name).eval(), load_model(name, device="cpu")     # as it opens by itself: apart by rounding alone
     with torch.no_grad(): ours, theirs = model(tokens), single(tokens).logits
     assert single.dtype == torch.float32 and (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
