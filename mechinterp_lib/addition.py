@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CHUNK', 'ERRORS', 'ABLATIONS', 'PAIRS', 'PAIR_KINDS', 'problems_of', 'completions', 'parse_answer', 'answer_kind',
            'evaluate_addition', 'summary_of', 'favourite', 'Asked', 'ask', 'parts_of', 'ablated', 'place_asked',
-           'partner', 'flip_pairs', 'known_pairs', 'flips', 'activations_of', 'streams', 'at_place', 'carries']
+           'partner', 'flip_pairs', 'known_pairs', 'flips', 'activations_of', 'streams', 'at_place', 'unit_sums',
+           'carries']
 
 # %% ../nbs/14_addition.ipynb #54104173
 CHUNK = 100                                                                                    # rows that go through a model at once
@@ -245,7 +246,11 @@ def at_place(stream: Float[Tensor, "problem pos d_model"], at: Int[Tensor, "prob
     import torch
     return stream[torch.arange(len(stream)), at]
 
+def unit_sums(problems: pd.DataFrame) -> Int[Tensor, "problem"]:
+    "The sum of the units of each problem, 0 to 18."
+    import torch
+    return torch.tensor((problems.a % 10 + problems.b % 10).to_numpy())
+
 def carries(problems: pd.DataFrame) -> Bool[Tensor, "problem"]:
     "Whether the units of each problem carry."
-    import torch
-    return torch.tensor((problems.a % 10 + problems.b % 10 >= 10).to_numpy())
+    return unit_sums(problems) >= 10

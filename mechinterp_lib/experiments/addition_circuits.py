@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from ..activation_patching import Task, logit_diff
-from ..addition import ABLATIONS, CHUNK, ERRORS, PAIRS, Asked, ablated, activations_of, ask, at_place, carries, evaluate_addition, favourite, flips, known_pairs, problems_of, streams, summary_of
+from ..addition import ABLATIONS, CHUNK, ERRORS, PAIRS, Asked, ablated, activations_of, ask, at_place, carries, evaluate_addition, favourite, flips, known_pairs, problems_of, streams, summary_of, unit_sums
 from ..circuits import Runner, evaluate_circuit, find_circuit, halves
 from ..core import InputError, Result, Stage, atomic_path, home, read_json, write_text
 from ..data import PLACES, addition_problems
@@ -35,20 +35,20 @@ PROBLEMS, FLIP_PAIRS, LEARNED = 300, 200, 2000                                  
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DIGITS', 'VARIABLES', 'Cell', 'CIRCUITS',
-           'DESIGN', 'KEPT', 'LOOKED_AT', 'Asks', 'PARTS', 'CIRCUIT_NUMBERS', 'STAGES', 'attention_to',
-           'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm', 'operand_digits',
-           'expected_digits', 'layer_cells', 'place_name', 'cell_name', 'cell_values', 'cell_edits', 'both_runs',
-           'interchanged', 'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by',
-           'exchange_sets', 'with_others', 'algorithm_rows', 'explained', 'side_by_side', 'activation_rows',
-           'move_flips', 'unit_sums', 'carry_moves_of_parts', 'carry_exchanges', 'digit_task', 'circuit_row',
-           'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings', 'without_patterns',
-           'wave_patterns', 'random_patterns', 'shuffled_best', 'right_without', 'label_means', 'save_activations',
-           'digit_leads', 'lead_differences', 'studied', 'untrained_twin', 'early_name', 'for_each_model', 'gathered',
-           'course_of', 'accuracy_of', 'accuracy_stage', 'halfway_of', 'halfway_stage', 'ablation_of', 'ablation_stage',
-           'flip_rows', 'best_part', 'flips_of', 'flips_stage', 'places_of', 'places_stage', 'place_maps',
-           'way_distances', 'silhouette', 'best_groups', 'ways_of', 'resampled_ways', 'mixed_silhouettes',
-           'ways_results', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage', 'circuits_of',
-           'circuits_stage', 'waves_of', 'waves_stage', 'beyond', 'beyond_of', 'beyond_stage', 'analyse', 'findings']
+           'DESIGN', 'LOOKED_AT', 'Asks', 'PARTS', 'CIRCUIT_NUMBERS', 'STAGES', 'attention_to', 'probe_accuracy',
+           'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm', 'operand_digits', 'expected_digits',
+           'layer_cells', 'place_name', 'cell_name', 'cell_values', 'cell_edits', 'both_runs', 'interchanged',
+           'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by', 'exchange_sets', 'with_others',
+           'algorithm_rows', 'explained', 'side_by_side', 'activation_rows', 'move_flips', 'carry_moves_of_parts',
+           'carry_exchanges', 'digit_task', 'circuit_row', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves',
+           'digit_embeddings', 'without_patterns', 'wave_patterns', 'random_patterns', 'shuffled_best', 'right_without',
+           'label_means', 'save_activations', 'digit_leads', 'lead_differences', 'studied', 'untrained_twin',
+           'early_name', 'for_each_model', 'gathered', 'course_of', 'accuracy_of', 'accuracy_stage', 'halfway_of',
+           'halfway_stage', 'ablation_of', 'ablation_stage', 'flip_rows', 'best_part', 'flips_of', 'flips_stage',
+           'places_of', 'places_stage', 'place_maps', 'way_distances', 'silhouette', 'best_groups', 'ways_of',
+           'resampled_ways', 'mixed_silhouettes', 'ways_results', 'carry_of', 'carry_stage', 'algorithm_of',
+           'algorithm_stage', 'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage', 'beyond', 'beyond_of',
+           'beyond_stage', 'analyse', 'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #420e9ec0
 DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
@@ -56,13 +56,9 @@ DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
 def attention_to(model: TransformerBridge, asked: Asked) -> Float[np.ndarray, "layer head digit"]:
     "The mean attention of each head from the place before the digit that is asked for to each of `DIGITS`."
     import torch
-    found = []
-    for rows in torch.arange(len(asked.rows)).split(CHUNK):
-        names, row = [hook_name(model, "pattern", layer) for layer in range(model.cfg.n_layers)], torch.arange(len(rows))
-        patterns = capture(model, asked.rows[rows], names)[1]
-        looked = torch.stack([patterns[name][row, :, asked.at[rows]] for name in names], 1)         # [problem, layer, head, key_pos]
-        found.append(torch.stack([looked[row, :, :, asked.positions[digit][rows]] for digit in DIGITS], -1))
-    return torch.cat(found).mean(0).double().numpy()
+    row, patterns = torch.arange(len(asked.rows)), activations_of(model, asked, {layer: hook_name(model, "pattern", layer) for layer in range(model.cfg.n_layers)})
+    looked = torch.stack([pattern[row, :, asked.at] for pattern in patterns.values()], 1)           # [problem, layer, head, key_pos]
+    return torch.stack([looked[row, :, :, asked.positions[digit]] for digit in DIGITS], -1).mean(0).double().numpy()
 
 # %% ../../nbs/23_addition_circuits.ipynb #01053818
 def probe_accuracy(train: Float[Tensor, "some d_model"], labels: Bool[Tensor, "some"], test: Float[Tensor, "other d_model"], truth: Bool[Tensor, "other"], ridge: float = 1e-3) -> Float[np.ndarray, "other"]:
@@ -286,11 +282,6 @@ def move_flips(model: TransformerBridge, first: Asked, second: Asked, cells: Seq
     said = replay.run(edits, row.repeat(len(moves)), read)[:, 0].argmax(-1).view(len(moves), n)
     return {name: (digits == second.token).double().numpy() for name, digits in zip(moves, said)}
 
-def unit_sums(problems: pd.DataFrame) -> Int[Tensor, "problem"]:
-    "The sum of the units of each problem, 0 to 18."
-    import torch
-    return torch.tensor((problems.a % 10 + problems.b % 10).to_numpy())
-
 # %% ../../nbs/23_addition_circuits.ipynb #9b911247
 def carry_moves_of_parts(learned: Asked, values: Float[Tensor, "problem width"], first: Asked, second: Asked, seed: int = 0) -> tuple[dict[str, Callable], Float[Tensor, "width"]]:
     "The moves of the text above, from what is brought in the `learned` problems, and the direction of the carry, of length 1."
@@ -403,7 +394,7 @@ def right_without(model: TransformerBridge, asked: Asked, patterns: Mapping[str,
     replay, row = Replay(model, asked.rows, keep=["resid_pre"]), torch.arange(n := len(asked.rows))
     vectors, numbers, edits = digit_embeddings(model), asked.problems[["a", "b"]].to_numpy(), []
     for i, taken in enumerate(patterns.values()):
-        change = torch.tensor(-taken @ (taken.T @ vectors), dtype=replay.kept["resid_pre"][0].dtype)
+        change = torch.tensor(without_patterns(vectors, taken) - vectors, dtype=replay.kept["resid_pre"][0].dtype)
         for digit in DIGITS:
             at, value = asked.positions[digit], numbers[:, "ab".index(digit[0])] // 10 ** PLACES.index(digit[2:]) % 10
             edits.append(Edit("resid_pre", 0, row + i * n, replay.kept["resid_pre"][0][row, at] + change[value], at))
@@ -463,7 +454,7 @@ def lead_differences(leads: Mapping[str, Float[np.ndarray, "problem"]], right: B
     return table.assign(confirmed=table.shortlisted & same_side)
 
 # %% ../../nbs/23_addition_circuits.ipynb #a73ae3eb
-DESIGN, KEPT = range(5), range(5, 10)                                                          # the seeds that were looked at while the analysis was designed, and those that were not
+DESIGN = range(5)                                                                              # the seeds that were looked at while the analysis was designed; the others are kept for the end
 LOOKED_AT = DESIGN
 
 def studied() -> list[Subject]:
@@ -927,7 +918,7 @@ STAGES = {name: Stage(stage, _SIZES, LOOKED_AT, _files, lambda: None if studied(
 
 # %% ../../nbs/23_addition_circuits.ipynb #ce030a74
 def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str, pd.DataFrame]:
-    "Accuracy, activations, ablations and flips of any model on `n` test problems, also written to the folder `out` (CSV, safetensors); an `InputError` for a model that answers none of them right: there is nothing to explain."
+    "Accuracy, activations, ablations and flips of any model on `n` test problems, also written to the folder `out` (CSV, safetensors); an `InputError` for a model that is right no more often than by always saying its favourite number: there is nothing to explain."
     import pandas as pd
     problems, wordings, out = problems_of("test", n), (*TRAINED, FRESH), Path(out)
     answers = evaluate_addition(model, problems, wordings, steps=8)
