@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'capture', 'dataset_rows', 'replaced',
-           'Edit', 'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read', 'heads_alone', 'head_weights',
-           'differentiable_run', 'norm_gain']
+__all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'check_names', 'capture',
+           'dataset_rows', 'replaced', 'Edit', 'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read',
+           'heads_alone', 'head_weights', 'differentiable_run', 'norm_gain']
 
 # %% ../nbs/06_interventions.ipynb #2240d37e
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
@@ -101,8 +101,8 @@ def _point(model: TransformerBridge, name: str):
         except (AttributeError, IndexError, TypeError): return model.hook_dict.get(name)
     return owner if isinstance(owner, HookPoint) else model.hook_dict.get(name)
 
-def _check_names(model: TransformerBridge, argument: str, names: Iterable[str]) -> list[str]:
-    "`names`, all of them hooks of the model: the bridge itself passes over a name that it does not know."
+def check_names(model: TransformerBridge, argument: str, names: Iterable[str]) -> list[str]:
+    "`names`, all of them hooks of the model; an `InputError` for one that there is not (the bridge itself passes over a name that it does not know)."
     import difflib
     if not isinstance(names, Iterable): raise InputError(argument, names, "allowed: names of hooks, such as 'blocks.0.attn.hook_z'")
     names = [names] if isinstance(names, str) else list(names)
@@ -132,15 +132,20 @@ def _hooked(model: TransformerBridge, hooks: Sequence[tuple[str, Callable]], ord
     finally:
         for point in points: point.remove_hooks("fwd", level=mark)
 
+class _Enough(Exception):
+    "Raised inside a forward pass, or a block, when what is asked of it is known."
+
 def capture(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], names: Iterable[str],
-            attention_mask: Int[Tensor, "batch pos"] | None = None) -> tuple[Float[Tensor, "batch pos d_vocab"], dict[str, Tensor]]:
-    "The logits (undefined where there is padding), and copies of the named activations, of one forward pass without gradients."
+            attention_mask: Int[Tensor, "batch pos"] | None = None, stop: bool = False) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, dict[str, Tensor]]:
+    "The logits (undefined where there is padding), and copies of the named activations, of one forward pass without gradients; with `stop` it ends once all have been seen, and there are no logits (None)."
     import torch
     tokens, attention_mask = check_tokens(model, tokens, attention_mask)
-    seen = {}
-    def keep(value, hook, name): seen[name] = value.detach().clone()
-    hooks = [(name, partial(keep, name=name)) for name in _check_names(model, "names", names)]
-    with torch.no_grad(), _hooked(model, hooks): logits = model(tokens, attention_mask=attention_mask)
+    seen, logits = {}, None
+    def keep(value, hook, name):
+        seen[name] = value.detach().clone()
+        if stop and len(seen) == len(hooks): raise _Enough
+    hooks = [(name, partial(keep, name=name)) for name in dict.fromkeys(check_names(model, "names", names))]
+    with torch.no_grad(), _hooked(model, hooks), contextlib.suppress(_Enough): logits = model(tokens, attention_mask=attention_mask)
     for name, _ in hooks:
         if name not in seen: raise InputError("names", name, "this hook stands outside the model's computation as it is set up, and saw nothing")
     return logits, seen
@@ -252,7 +257,7 @@ def _native_patterns(model: TransformerBridge, new: Mapping[str, Any]) -> Iterat
 @contextlib.contextmanager
 def replaced(model: TransformerBridge, replacements: Mapping[str, Tensor | Callable[[Tensor], Tensor]]) -> Iterator[TransformerBridge]:
     "Inside the block, each named activation is the given tensor, or the given function of itself. No hook stays, also after an exception or Ctrl-C."
-    _check_names(model, "replacements", replacements)
+    check_names(model, "replacements", replacements)
     native = {name: new for name, new in replacements.items() if name.endswith("attn.hook_pattern")} if _is_native(model) else {}
     hooks = [hook for name in replacements if name not in native for hook in _hooks_for(model, name, replacements[name])]
     with _native_patterns(model, native), _hooked(model, hooks, ordered=True): yield model
@@ -428,9 +433,6 @@ def _places(model: TransformerBridge, layer: int, made: Mapping[int, nn.Module])
     return places
 
 # %% ../nbs/06_interventions.ipynb #09ba3cce
-class _Enough(Exception):
-    "Raised inside a block when what is asked of it is known: its keys and values, or the activation at one place."
-
 @dataclass
 class _Layer:
     "A block of the twin; for one engine, also what the first run called it with, and the keys, values and head outputs that it made."
