@@ -1,6 +1,6 @@
 # make book   run every chapter and build the site; says where it is and what was found
 # make test   exported code, notebooks, the book with warnings as errors, pytest
-# make bench  race patch scans and the lens against TransformerLens, edge scores against auto-circuit, training against transformers.Trainer (20 minutes; on a quiet machine they are written to results/benchmarks)
+# make bench  race patch scans and the lens against TransformerLens, edge scores against auto-circuit, training against transformers.Trainer, autoencoders against sae-lens (25 minutes; on a quiet machine they are written to results/benchmarks)
 # make serve  the built site at http://localhost:$(PORT)
 # make clean  remove what was built; `make distclean` removes .venv too
 #
@@ -45,6 +45,7 @@ bench: .venv/.ready
 	@$(ENV) python benchmarks/patching_speed.py
 	@$(ENV) python benchmarks/lens_speed.py
 	@$(ENV) python benchmarks/training_speed.py
+	@$(ENV) python benchmarks/sae_speed.py
 	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-circuit==1.0.1 ordered-set==4.1.0; \
 	 then $(ENV) python benchmarks/circuit_speed.py; else echo "auto-circuit cannot be installed here: edge scores were not raced"; fi
 
