@@ -170,7 +170,7 @@ def fit_sae(batches: Callable[[int], Iterator[Float[Tensor, "batch d_in"]]], arc
         with tqdm(total=trainer.cfg.total_training_samples, initial=trainer.n_training_samples, unit="activation", unit_scale=True, desc="sparse autoencoder", disable=None if progress is None else not progress) as bar:
             trainer.data_provider = _counted(trainer.data_provider, bar)
             with _logged(wandb_project), contextlib.redirect_stderr(io.StringIO()): trained = trainer.fit()     # its own bar moves every hundred steps only
-        if k and not 0.5 < (active := trained.cfg.metadata.l0 or k) / k < 2: warnings.warn(f"{active:.1f} features are active on average, not {k}: {architecture} learns its thresholds slowly; train longer, or with a higher learning rate", stacklevel=2)
+        if (wanted := settings["k"]) and not 0.5 < (active := trained.cfg.metadata.l0 or wanted) / wanted < 2: warnings.warn(f"{active:.1f} features are active on average, not {wanted}: {architecture} learns its thresholds slowly; train longer, or with a higher learning rate", stacklevel=2)
         save_sae(trained, folder)
         shutil.rmtree(state, ignore_errors=True)
         return load_sae(folder, device=settings["device"])
