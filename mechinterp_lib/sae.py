@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Se
 
 import numpy as np
 
+from .attention_analysis import position_losses
 from .core import InputError, Result, atomic_path, check_choice, check_number, check_range, generator, pick_device, read_json, seeded, write_json, write_text
 from .interventions import capture, check_model, check_names, dataset_rows, norm_gain, replaced
-from .logit_lens import weights_key
+from .logit_lens import lens_measures, weights_key
 from .statistics import mean_result, rate_result, ratio_of_sums_ci
 from .training import mixed_precision
 
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'corpus_rows', 'activations_at', 'check_finite', 'activation_batches', 'save_sae', 'load_sae',
            'sae_hook', 'check_sae', 'new_sae', 'fit_sae', 'train_sae', 'SAEQuality', 'encoded', 'with_features',
-           'next_token_losses', 'evaluate_sae', 'nearest_directions', 'match_directions', 'feature_splitting',
-           'ablate_feature', 'steer_with_feature', 'strongest_rows', 'logit_effects', 'loss_without',
-           'feature_dashboard']
+           'evaluate_sae', 'nearest_directions', 'match_directions', 'feature_splitting', 'ablate_feature',
+           'steer_with_feature', 'strongest_rows', 'logit_effects', 'loss_without', 'feature_dashboard']
 
 # %% ../nbs/12_sae.ipynb #abedec48
 def corpus_rows(model: TransformerBridge, data: str | Int[Tensor, "row pos"] | Sequence[str | Int[Tensor, "pos"]], length: int | None = None) -> Int[Tensor, "row pos"]:
@@ -170,7 +170,7 @@ def fit_sae(batches: Callable[[int], Iterator[Float[Tensor, "batch d_in"]]], arc
         with tqdm(total=trainer.cfg.total_training_samples, initial=trainer.n_training_samples, unit="activation", unit_scale=True, desc="sparse autoencoder", disable=None if progress is None else not progress) as bar:
             trainer.data_provider = _counted(trainer.data_provider, bar)
             with _logged(wandb_project), contextlib.redirect_stderr(io.StringIO()): trained = trainer.fit()     # its own bar moves every hundred steps only
-        if (wanted := settings["k"]) and not 0.5 < (active := trained.cfg.metadata.l0 or wanted) / wanted < 2: warnings.warn(f"{active:.1f} features are active on average, not {wanted}: {architecture} learns its thresholds slowly; train longer, or with a higher learning rate", stacklevel=2)
+        if (wanted := settings["k"]) and not 0.5 < (active := trained.cfg.metadata.l0 or wanted) / wanted < 2: warnings.warn(f"{active:.1f} features are active on average, not {wanted:g}: {architecture} learns its thresholds slowly; train longer, or with a higher learning rate", stacklevel=2)
         save_sae(trained, folder)
         shutil.rmtree(state, ignore_errors=True)
         return load_sae(folder, device=settings["device"])
@@ -273,26 +273,26 @@ class SAEQuality:
         edges = np.geomspace(check_number("lowest", lowest, 0, 0.5), 1, check_range("bins", bins, 1, 10_000) + 1)
         return np.histogram(self.features.density.clip(lower=lowest), edges)[0], edges
 
-def encoded(sae: SAE, value: Float[Tensor, "row pos ..."]) -> tuple[Float[Tensor, "row pos d_sae"], Float[Tensor, "row pos ..."]]:
-    "The features of a hook's activations, and what they decode to, in the activations' shape and on their device; heads go in side by side. `InputError` for another width than the autoencoder's."
+def _encode(sae: SAE, value: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos d_sae"]:
+    "The features of a hook's activations; heads go in side by side. `InputError` for another width than the autoencoder's."
     import torch
     if value[0, 0].numel() != sae.cfg.d_in: raise InputError("sae", f"d_in {sae.cfg.d_in}", f"what the hook sees is {value[0, 0].numel()} wide")
-    with torch.no_grad():
-        acts = sae.encode((value if sae.hook_z_reshaping_mode else value.flatten(2)).to(sae.device))
-        return acts, sae.decode(acts).view(value.shape).to(value)
+    with torch.no_grad(): return sae.encode((value if sae.hook_z_reshaping_mode else value.flatten(2)).to(sae.device))
+
+def _decode(sae: SAE, acts: Float[Tensor, "row pos d_sae"], value: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos ..."]:
+    "What features decode to, in the shape of these activations and on their device."
+    import torch
+    with torch.no_grad(): return sae.decode(acts).view(value.shape).to(value)
+
+def encoded(sae: SAE, value: Float[Tensor, "row pos ..."]) -> tuple[Float[Tensor, "row pos d_sae"], Float[Tensor, "row pos ..."]]:
+    "The features of a hook's activations, and what they decode to, in the activations' shape and on their device. `InputError` for another width than the autoencoder's."
+    acts = _encode(sae, value)
+    return acts, _decode(sae, acts, value)
 
 def with_features(sae: SAE, value: Float[Tensor, "row pos ..."], change: Callable[[Float[Tensor, "row pos d_sae"]], Float[Tensor, "row pos d_sae"]]) -> Float[Tensor, "row pos ..."]:
     "A hook's activations with their features changed, and what the autoencoder misses kept."
-    import torch
     decoded = encoded(sae, value)[1]
-    with torch.no_grad():
-        acts = sae.encode((value if sae.hook_z_reshaping_mode else value.flatten(2)).to(sae.device))   # anew: some autoencoders forget an input's scale when they decode
-        return value + sae.decode(change(acts.clone())).view(value.shape).to(value) - decoded
-
-def next_token_losses(logits: Float[Tensor, "row pos d_vocab"], tokens: Int[Tensor, "row pos"]) -> Float[Tensor, "row pos_less_one"]:
-    "The cross-entropy of each next token (nats)."
-    import torch
-    return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none")
+    return value + _decode(sae, change(_encode(sae, value).clone()), value) - decoded              # encoded anew: some autoencoders forget an input's scale when they decode
 
 # %% ../nbs/12_sae.ipynb #d2bfd98a
 def evaluate_sae(sae: SAE, model: TransformerBridge, data: str | Int[Tensor, "row pos"] | Sequence[str | Int[Tensor, "pos"]], *, length: int | None = None, chunk: int = 16) -> SAEQuality:
@@ -307,10 +307,9 @@ def evaluate_sae(sae: SAE, model: TransformerBridge, data: str | Int[Tensor, "ro
         logits, seen = capture(model, tokens, [hook_name])
         acts, decoded = encoded(sae, value := seen[hook_name])
         found.count(acts[:, skip:])
-        found.note(l0=(acts[:, skip:] != 0).sum(-1).float().mean(1), ce_model=next_token_losses(logits, tokens)[:, skip:].mean(1), **_fit_of(*(part[:, skip:].flatten(2).cpu().double() for part in (value, decoded)), mean.flatten().cpu().double()))
+        found.note(l0=(acts[:, skip:] != 0).sum(-1).float().mean(1), ce_model=_said(logits, logits, tokens, skip)[0], **_fit_of(*(part[:, skip:].flatten(2).cpu().double() for part in (value, decoded)), mean.flatten().cpu().double()))
         for name, new in (("sae", decoded), ("zero", torch.zeros_like(value)), ("mean", mean.to(value).expand_as(value))):
-            other = _with(model, tokens, hook_name, new, skip)
-            found.note(**{f"ce_{name}": next_token_losses(other, tokens)[:, skip:].mean(1), f"kl_{name}": torch.stack([_divergence(*pair)[skip:].mean() for pair in zip(logits, other)])})
+            found.note(**dict(zip((f"ce_{name}", f"kl_{name}"), _said(_with(model, tokens, hook_name, new, skip), logits, tokens, skip))))
     return SAEQuality(found.results(), found.features(sae))
 
 def _mean_activation(model: TransformerBridge, hook_name: str, rows: Int[Tensor, "row pos"], skip: int, chunk: int) -> Float[Tensor, "..."]:
@@ -321,10 +320,11 @@ def _mean_activation(model: TransformerBridge, hook_name: str, rows: Int[Tensor,
         total, used = total + seen.cpu().double().sum((0, 1)), used + seen.shape[0] * seen.shape[1]
     return total / used
 
-def _divergence(own: Float[Tensor, "pos d_vocab"], other: Float[Tensor, "pos d_vocab"]) -> Float[Tensor, "pos"]:
-    "KL(own, other) at each position, nats."
-    one, two = own.float().log_softmax(-1), other.float().log_softmax(-1)
-    return (one.exp() * (one - two)).sum(-1)
+def _said(logits: Float[Tensor, "row pos d_vocab"], own: Float[Tensor, "row pos d_vocab"], tokens: Int[Tensor, "row pos"], skip: int) -> tuple[Float[Tensor, "row"], Float[Tensor, "row"]]:
+    "For each row the mean loss of the next tokens, and the mean divergence from what the model says by itself (nats), from position `skip` on; made row by row, to save memory."
+    import torch
+    found = [lens_measures(*(some.float().log_softmax(-1) for some in pair), row.roll(-1)) for *pair, row in zip(logits, own, tokens)]
+    return torch.stack([row["cross_entropy"][skip:-1].mean() for row in found]), torch.stack([row["kl"][skip:].mean() for row in found])
 
 def _fit_of(x: Float[Tensor, "row pos width"], x_hat: Float[Tensor, "row pos width"], mean: Float[Tensor, "width"]) -> dict[str, Float[Tensor, "row"]]:
     "What is said of an activation and what it was decoded to, row by row."
@@ -344,15 +344,17 @@ class _SAECounts:
         self.active, self.sum, self.most, self.n = *torch.zeros(3, d_sae, dtype=torch.float64), 0
 
     def note(self, **values: Float[Tensor, "row ..."]) -> None:
+        "Values of some rows."
         for name, some in values.items(): self.rows.setdefault(name, []).append(some.cpu().double().numpy())
 
     def count(self, acts: Float[Tensor, "row pos d_sae"]) -> None:
+        "How often and how strongly each feature is active in some rows."
         some = acts.flatten(0, 1).cpu()
-        self.active += (some != 0).sum(0)
-        self.sum += some.double().sum(0)
+        self.active, self.sum = self.active + (some != 0).sum(0), self.sum + some.double().sum(0)
         self.most, self.n = self.most.maximum(some.abs().amax(0)), self.n + len(some)
 
     def results(self) -> dict[str, Result]:
+        "The numbers over all rows."
         rows = {name: np.concatenate(some) for name, some in self.rows.items()}
         found, n = {}, len(rows["error"])
         def note(name: str, top: np.ndarray, below: np.ndarray, how: str, less: float = 0.0) -> None:
@@ -369,6 +371,7 @@ class _SAECounts:
         return found | {"dead": rate_result(int((self.active == 0).sum()), len(self.active), unit="", how=f"share of the features that are never active in {self.n:,} positions")}
 
     def features(self, sae: SAE) -> pd.DataFrame:
+        "A row for each feature."
         import pandas as pd
         nearest, cosine = nearest_directions(sae.W_dec.detach())
         return pd.DataFrame({"feature": np.arange(len(self.active)), "density": (self.active / self.n).numpy(), "mean": (self.sum / self.active.clamp(min=1)).numpy(), "most": self.most.numpy(), "nearest": nearest, "cosine": cosine})
@@ -408,6 +411,7 @@ def _changed_features(model: TransformerBridge, sae: SAE, change: Callable[[Floa
     import torch
     hook_name, skip = sae_hook(sae, model), sae.cfg.metadata.skip or 0
     def of(value: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos ..."]:
+        "The activations with the change, where it is wanted."
         n = value.shape[1]
         where = torch.arange(n) >= skip if positions is None else torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor([check_range("positions", at, -n, n) % n for at in positions], dtype=torch.long), True)
         return torch.where(where.to(value.device).view(-1, *[1] * (value.ndim - 2)), with_features(sae, value, change), value)
@@ -500,9 +504,8 @@ def loss_without(sae: SAE, model: TransformerBridge, rows: Int[Tensor, "row pos"
             "Without each row's own feature."
             acts[index, skip:, feature.to(acts.device)] = 0
             return acts
-        with torch.no_grad():
-            plain = next_token_losses(model(tokens), tokens)
-            with replaced(model, {hook_name: lambda value: with_features(sae, value, gone)}): rise = (next_token_losses(model(tokens), tokens) - plain).cpu().double()
+        plain = position_losses(model, tokens, chunk)
+        with replaced(model, {hook_name: lambda value: with_features(sae, value, gone)}): rise = (position_losses(model, tokens, chunk) - plain).cpu().double()
         behind = torch.arange(rise.shape[1]) - at[some][:, None]
         near = (behind >= 0) & (behind < horizon)
         found.append(((rise * near).sum(1) / near.sum(1)).numpy())

@@ -150,10 +150,16 @@ def test_interventions_keep_the_error(model, rows, sae):
 
 
 def test_interventions_can_be_nested(model, rows, sae):
-    with torch.no_grad():
-        with ablate_feature(model, sae, [0, 1], positions=[3]): both = model(rows[:2])
-        with ablate_feature(model, sae, 0, positions=[3]), ablate_feature(model, sae, 1, positions=[3]): nested = model(rows[:2])
-    assert both.shape == nested.shape
+    tokens = rows[:2]
+    plain, seen = capture(model, tokens, [HOOK])
+    one, two = encoded(sae, seen[HOOK])[0][0, 3].topk(2).indices.tolist()
+    def at_hook(): return capture(model, tokens, [HOOK])[1][HOOK]
+    with ablate_feature(model, sae, one, positions=[3]):
+        first = at_hook()
+        expected = first[0, 3] - encoded(sae, first)[0][0, 3, two] * sae.W_dec[two]
+        with ablate_feature(model, sae, two, positions=[3]): nested = at_hook()
+        assert torch.equal(at_hook(), first)
+    assert not torch.allclose(nested[0, 3], first[0, 3], atol=1e-4) and torch.allclose(nested[0, 3], expected, atol=1e-4) and torch.equal(nested[:, :3], seen[HOOK][:, :3])
 
 
 def test_activations_that_are_normed_on_the_way(model, rows):
