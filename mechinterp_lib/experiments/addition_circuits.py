@@ -528,7 +528,7 @@ def accuracy_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, fl
     wrong = halfway[halfway.kind != "right"]
     numbers |= {f"accuracy_{wording}": (group.kind == "right").mean() for wording, group in answers.groupby("wording")}
     numbers |= {"early_accuracy": (halfway.kind == "right").mean(), "early_carry_errors": wrong.kind.isin(["dropped carry", "added carry"]).mean(), "favourite": favourite(usual)[1], "all_right": (usual.kind == "right").groupby(usual.wording).mean().min() >= 0.999,
-                "untrained_right": (evaluate_addition(untrained_twin(subject), problems_of("confirmation")).kind == "right").mean()}
+                "untrained_right": (evaluate_addition(untrained_twin(subject), problems_of("confirmation", PROBLEMS)).kind == "right").mean()}
     numbers |= {f"early_{kind.replace(' ', '_')}": (wrong.kind == kind).mean() for kind in ERRORS}
     accuracy = [summary_of(part, by).rename(columns={by: "group"}).assign(by=by) for by, part in (("wording", answers), ("carry", usual), ("bucket", usual))]
     return {"accuracy": pd.concat(accuracy, ignore_index=True), "early": summary_of(halfway, "carry"), "course": course}, numbers
