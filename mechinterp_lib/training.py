@@ -105,7 +105,7 @@ def recipes() -> dict[str, Recipe]:
         Recipe("induction-2l", two_layer, corpus=None, steps=4000, batch_size=32, eval_every=100, weight_decay=0.01,
                snapshots=(*range(0, 1000, 50), *range(1000, 4001, 150))),
         Recipe("addition-gpt2", gpt2(2, 4, 128, dropout=0.0, n_ctx=64) | letters | {"initializer_range": 0.1}, steps=1200, batch_size=128, lr=3e-3, eval_every=25, wordings=wordings, **sums),
-        Recipe("addition-qwen", qwen3 | letters, steps=3000, lr=4e-3, eval_every=50, wordings=(*wordings, "bare"), **sums),
+        Recipe("addition-qwen", qwen3 | letters, steps=2500, batch_size=128, lr=4e-3, eval_every=50, wordings=(*wordings, "bare"), **sums | {"weight_decay": 0.5}),
     )}
 
 def load_recipe(name: str) -> Recipe:

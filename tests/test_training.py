@@ -133,7 +133,7 @@ def test_names_of_runs(tmp_path, cache, monkeypatch):
     assert {name: run_dir(recipe, 0).relative_to(cache / "training").as_posix() for name, recipe in recipes().items()} == {
         "shakespeare": "shakespeare-a4bc911a/seed0", "shakespeare-small": "shakespeare-small-f9b54ba6/seed0",
         "shakespeare-induction": "shakespeare-induction-213de7d5/seed0", "induction-2l": "induction-2l-72b62e2e/seed0",
-        "addition-gpt2": "addition-gpt2-d3869d49/seed0", "addition-qwen": "addition-qwen-705683dd/seed0"}
+        "addition-gpt2": "addition-gpt2-d3869d49/seed0", "addition-qwen": "addition-qwen-0c4009e0/seed0"}
     assert model_dir(TOY, 3) == tmp_path / "models" / "toy" / "seed3"
     own = replace(TOY, corpus=str(tmp_path / "own.txt"))
     with pytest.raises(InputError, match="corpus"): run_dir(own, 0)

@@ -16,7 +16,7 @@ import numpy as np
 from ..activation_patching import Task, logit_diff
 from ..addition import ABLATIONS, CHUNK, ERRORS, PAIRS, Asked, ablated, activations_of, ask, at_place, carries, evaluate_addition, favourite, flips, known_pairs, problems_of, streams, summary_of, unit_sums
 from ..circuits import Runner, evaluate_circuit, find_circuit, halves
-from ..core import InputError, Result, Stage, atomic_path, home, read_json, write_text
+from ..core import InputError, Result, Stage, atomic_path, home, load_table, read_json, results_dir, write_text
 from ..data import PLACES, addition_problems
 from ..interventions import Edit, Replay, capture, hook_name, norm_gain
 from ..logit_lens import stream_contributions
@@ -34,21 +34,22 @@ EXPERIMENT, TRAINED, FRESH = "addition_circuits", ("question", "sum", "plus", "b
 PROBLEMS, FLIP_PAIRS, LEARNED = 300, 200, 2000                                                 # how many test problems, pairs, and training problems a question is put to
 
 # %% auto #0
-__all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DIGITS', 'VARIABLES', 'Cell', 'CIRCUITS',
-           'DESIGN', 'LOOKED_AT', 'Asks', 'PARTS', 'CIRCUIT_NUMBERS', 'STAGES', 'attention_to', 'probe_accuracy',
-           'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm', 'operand_digits', 'expected_digits',
-           'layer_cells', 'place_name', 'cell_name', 'cell_values', 'cell_edits', 'both_runs', 'interchanged',
-           'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by', 'exchange_sets', 'with_others',
-           'algorithm_rows', 'explained', 'side_by_side', 'activation_rows', 'move_flips', 'carry_moves_of_parts',
-           'carry_exchanges', 'digit_task', 'circuit_row', 'wave_shares', 'line_share', 'two_best', 'shuffled_waves',
-           'digit_embeddings', 'without_patterns', 'wave_patterns', 'random_patterns', 'shuffled_best', 'right_without',
-           'label_means', 'save_activations', 'digit_leads', 'lead_differences', 'studied', 'untrained_twin',
-           'early_name', 'for_each_model', 'gathered', 'course_of', 'accuracy_of', 'accuracy_stage', 'halfway_of',
-           'halfway_stage', 'ablation_of', 'ablation_stage', 'flip_rows', 'best_part', 'flips_of', 'flips_stage',
-           'places_of', 'places_stage', 'place_maps', 'way_distances', 'silhouette', 'best_groups', 'ways_of',
-           'resampled_ways', 'mixed_silhouettes', 'ways_results', 'carry_of', 'carry_stage', 'algorithm_of',
-           'algorithm_stage', 'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage', 'beyond', 'beyond_of',
-           'beyond_stage', 'analyse', 'findings']
+__all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DIGITS', 'VARIABLES', 'Cell', 'Exchange',
+           'CIRCUITS', 'SEEDS', 'DESIGN', 'Asks', 'CARRY_OUTCOMES', 'PARTS', 'CIRCUIT_NUMBERS', 'STAGES',
+           'attention_to', 'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm',
+           'operand_digits', 'expected_digits', 'layer_cells', 'place_name', 'cell_name', 'cell_values', 'cell_edits',
+           'both_runs', 'interchanged', 'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by',
+           'part_exchanges', 'exchange_sets', 'with_others', 'algorithm_rows', 'explained', 'side_by_side',
+           'activation_rows', 'move_flips', 'carry_moves_of_parts', 'carry_exchanges', 'digit_task', 'circuit_row',
+           'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings', 'without_patterns',
+           'wave_patterns', 'random_patterns', 'shuffled_best', 'right_without', 'label_means', 'save_activations',
+           'digit_leads', 'lead_differences', 'untrained_twin', 'early_name', 'for_each_model', 'gathered', 'course_of',
+           'accuracy_of', 'accuracy_stage', 'halfway_of', 'halfway_stage', 'ablation_of', 'ablation_stage', 'flip_rows',
+           'best_part', 'flips_of', 'flips_stage', 'places_of', 'places_stage', 'place_maps', 'way_distances',
+           'silhouette', 'best_groups', 'ways_of', 'resampled_ways', 'mixed_silhouettes', 'ways_results',
+           'heads_within_ways', 'ways_stage', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage',
+           'wordings_of', 'wording_key', 'wordings_stage', 'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage',
+           'beyond', 'beyond_of', 'beyond_stage', 'analyse', 'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #420e9ec0
 DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
@@ -72,19 +73,19 @@ def probe_accuracy(train: Float[Tensor, "some d_model"], labels: Bool[Tensor, "s
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #cb8a13fa
-def moved_digits(model: TransformerBridge, asked: Asked, layer: int, move: Float[Tensor, "problem d_model"]) -> Int[np.ndarray, "problem"]:
-    "The token that each problem's run says where the digit is asked for, with the stream after a layer moved there."
+def moved_digits(model: TransformerBridge, asked: Asked, layer: int, move: Float[Tensor, "problem d_model"]) -> Int[np.ndarray, "problem two"]:
+    "The tokens that each problem's run says where the digit is asked for, and one place further, with the stream after a layer moved where it is asked for."
     import torch
     replay, row = Replay(model, asked.rows, keep=["resid_post"]), torch.arange(len(asked.rows))
     edit = Edit("resid_post", layer, row, replay.kept["resid_post"][layer][row, asked.at] + move, asked.at)
-    return replay.run([edit], row, asked.at[:, None].numpy())[:, 0].argmax(-1).numpy()
+    return replay.run([edit], row, torch.stack([asked.at, asked.at + 1], 1).numpy()).argmax(-1).numpy()
 
 def between_means(stream: Float[Tensor, "problem d_model"], labels: Bool[Tensor, "problem"]) -> Float[Tensor, "d_model"]:
     "From the mean of the problems without the label to that of those with it."
     return stream[labels].mean(0) - stream[~labels].mean(0)
 
 def carry_moves(model: TransformerBridge, learned: Asked, stream: Float[Tensor, "problem d_model"], asked: Asked, layer: int, seed: int = 0) -> dict[str, dict[str, Float[np.ndarray, "problem"]]]:
-    "For the move between carrying and other problems, and two controls of the same length: for each problem of `asked` whether its tens then are one more or one less, as the carry would have it (`moved`), or as they were (`stayed`); problems whose answer would become longer or shorter by it are left out. Means are those of `stream`, of the `learned` problems after that layer."
+    "For the move between carrying and other problems, and two controls of the same length: for each problem of `asked` whether its tens then are one more or one less, as the carry would have it (`moved`), or as they were (`stayed`), and whether the units behind the right tens are as they were (`units_stayed`); problems whose answer would become longer or shorter by it are left out. Means are those of `stream`, of the `learned` problems after that layer."
     import torch
     sign = np.where(carries(asked.problems).numpy(), -1, 1)
     alike = np.floor(np.log10(np.maximum(1, asked.problems.answer + 10 * sign))) == np.floor(np.log10(asked.problems.answer))
@@ -92,12 +93,13 @@ def carry_moves(model: TransformerBridge, learned: Asked, stream: Float[Tensor, 
     direction = between_means(stream, carries(learned.problems))
     even = between_means(stream, torch.tensor((learned.problems.a // 10 % 2 == 0).to_numpy()))
     random = torch.randn(len(direction), generator=torch.Generator().manual_seed(seed))
-    tens = asked.problems.answer.to_numpy() // 10 % 10
+    tens, units = (asked.problems.answer.to_numpy() // scale % 10 for scale in (10, 1))
     ids = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)])
     found = {}
     for name, way in (("carry", direction), ("even tens", even / even.norm() * direction.norm()), ("random", random / random.norm() * direction.norm())):
-        said = moved_digits(model, asked, layer, sign[:, None] * way)
-        found[name] = {"moved": (said == ids[(tens + sign.numpy()) % 10]).astype(float), "stayed": (said == ids[tens]).astype(float)}
+        said = moved_digits(model, asked, layer, sign[:, None] * way).T
+        wanted = {"moved": (said[0], tens + sign.numpy()), "stayed": (said[0], tens), "units_stayed": (said[1], units)}
+        found[name] = {outcome: (digits == ids[wished % 10]).astype(float) for outcome, (digits, wished) in wanted.items()}
     return found
 
 # %% ../../nbs/23_addition_circuits.ipynb #9262ce4a
@@ -185,11 +187,11 @@ def attention_parts(model: TransformerBridge, place: str, length: int, n: int = 
             found[part if mass[part] >= least else "rest"].append(("z", head, int(at[0])))
     return found
 
-def cell_effects(model: TransformerBridge, place: str, length: int, n: int = 200) -> dict[str, dict[Cell, float]]:
+def cell_effects(model: TransformerBridge, place: str, length: int, n: int = 200, wording: str = "question") -> dict[str, dict[Cell, float]]:
     "For each variable, how far each cell alone moves the answer towards the other problem's in pairs of training problems in which that digit alone is another: logit of the other problem's digit less that of the own, as a share of the way between the two runs (ratio of means)."
     found = {}
     for name, kind in zip(VARIABLES, (f"a_{place}", f"b_{place}", "a_carry", "b_carry") if place == "tens" else (f"a_{place}", f"b_{place}")):
-        first, second = known_pairs(model, kind, "train", n, length=length)
+        first, second = known_pairs(model, kind, "train", n, wording, length)
         cells, row = layer_cells(model, first), np.arange(len(first.rows))
         logits = interchanged(model, first, second, [[], *([cell] for cell in cells), cells])
         leads = (logits[:, row, second.token] - logits[:, row, first.token]).double().mean(1).numpy()
@@ -208,24 +210,31 @@ def taken_by(effects: Mapping[str, Mapping[Cell, float]], cells: Collection[Cell
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #c6fd69b8
-def exchange_sets(model: TransformerBridge, place: str, length: int, effects: Mapping[str, Mapping[Cell, float]]) -> list[tuple[str, str, list[Cell], set[str]]]:
-    "What is exchanged: how parts were chosen, the part, its cells, and the variables that the function takes from the other problem with them."
-    found, every = [], list(effects["a_same"])
-    for by, parts in (("attention", attention_parts(model, place, length)), ("effect", effect_parts(effects))):
-        for part in ("same", "below") if place == "tens" else ("same",):
-            taken = {f"{operand}_{part}" for operand in "ab"}
-            found += [(by, part, parts[part], taken), (by, f"all but {part}", [cell for cell in every if cell not in parts[part]], taken)]
+Exchange = tuple    # how the parts were chosen, the part, its cells, and the variables that the function takes from the other problem with them
+
+def part_exchanges(by: str, parts: Mapping[str, Sequence[Cell]], every: Sequence[Cell], place: str) -> list[Exchange]:
+    "The parts, and for each, as a control, all other cells."
+    found = []
+    for part in ("same", "below") if place == "tens" else ("same",):
+        taken = {f"{operand}_{part}" for operand in "ab"}
+        found += [(by, part, parts[part], taken), (by, f"all but {part}", [cell for cell in every if cell not in parts[part]], taken)]
+    return found
+
+def exchange_sets(model: TransformerBridge, place: str, length: int, effects: Mapping[str, Mapping[Cell, float]]) -> list[Exchange]:
+    "All that is exchanged in the wording of the question: parts by attention and by effect, what brings neither, and single outputs."
+    every, parts = list(effects["a_same"]), effect_parts(effects)
+    found = part_exchanges("attention", attention_parts(model, place, length), every, place) + part_exchanges("effect", parts, every, place)
     return found + [("effect", "rest", parts["rest"], set())] + [("effect", "one", [cell], taken_by(effects, [cell])) for part in ("same", "below") for cell in parts[part] if part == "same" or cell not in parts["same"]]
 
 def with_others(asked: Asked, seed: int) -> Asked:
     "The same problems in random order."
     return asked.some(np.random.default_rng(seed).permutation(len(asked.rows)))
 
-def algorithm_rows(model: TransformerBridge, place: str, length: int, effects: Mapping[str, Mapping[Cell, float]], seed: int = 0) -> list[dict]:
+def algorithm_rows(model: TransformerBridge, place: str, length: int, sets: Sequence[Exchange], seed: int = 0, wording: str = "question") -> list[dict]:
     """For each exchange: how often the model says what the function says, of all problems (`all`, of `of`) and of those whose digit the function changes (`agrees`, of `n`); how often it says anything but its own digit (`moved`), and how often this is what the function says
     (`moved_agrees`). With `all but` a part exchanged, what counts is what the part would have done: a control."""
-    ids, rows, asked = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)]), [], ask(model, problems_of("test", length=length), place)
-    other, own, sets = with_others(asked, seed), asked.token.numpy(), exchange_sets(model, place, length, effects)
+    ids, rows, asked = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)]), [], ask(model, problems_of("test", length=length), place, wording)
+    other, own = with_others(asked, seed), asked.token.numpy()
     for (by, part, cells, taken), logits in zip(sets, interchanged(model, asked, other, [cells for _, _, cells, _ in sets])):
         digits, said = expected_digits(asked, other, place, taken), logits.argmax(-1).numpy()
         right, possible = said == ids[digits], digits >= 0
@@ -454,12 +463,7 @@ def lead_differences(leads: Mapping[str, Float[np.ndarray, "problem"]], right: B
     return table.assign(confirmed=table.shortlisted & same_side)
 
 # %% ../../nbs/23_addition_circuits.ipynb #a73ae3eb
-DESIGN = range(5)                                                                              # the seeds that were looked at while the analysis was designed; the others are kept for the end
-LOOKED_AT = DESIGN
-
-def studied() -> list[Subject]:
-    "The shipped models that add, of the seeds that may be looked at by now."
-    return [subject for subject in shipped_subjects(ADDITION) if subject.seed in LOOKED_AT]
+SEEDS, DESIGN = range(10), range(5)                                                            # the seeds of each architecture; those that were looked at while the analysis was designed
 
 def untrained_twin(subject: Subject) -> TransformerBridge:
     "The subject's architecture with fresh weights."
@@ -486,7 +490,7 @@ def for_each_model(asks: Asks, subjects: Sequence[Subject]) -> list[tuple[dict[s
 def gathered(asks: Asks, what: Mapping[str, tuple[str, str, tuple[float, float] | None]]) -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The tables of all models, and one number for each family, group of seeds and name, over the seeds that have it; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
     import pandas as pd
-    tables, found, subjects = {}, {}, studied()
+    tables, found, subjects = {}, {}, shipped_subjects(ADDITION)
     for subject, (frames, numbers) in zip(subjects, for_each_model(asks, subjects)):
         for name, frame in frames.items():
             frame.insert(0, "model", subject.family), frame.insert(1, "seed", subject.seed)
@@ -523,7 +527,8 @@ def accuracy_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, fl
     usual, halfway = answers[answers.wording.isin(TRAINED)], evaluate_addition(load_model(early_name(subject), device="cpu"), problems_of("test"))
     wrong = halfway[halfway.kind != "right"]
     numbers |= {f"accuracy_{wording}": (group.kind == "right").mean() for wording, group in answers.groupby("wording")}
-    numbers |= {"early_accuracy": (halfway.kind == "right").mean(), "early_carry_errors": wrong.kind.isin(["dropped carry", "added carry"]).mean(), "favourite": favourite(usual)[1], "all_right": (usual.kind == "right").groupby(usual.wording).mean().min() >= 0.999}
+    numbers |= {"early_accuracy": (halfway.kind == "right").mean(), "early_carry_errors": wrong.kind.isin(["dropped carry", "added carry"]).mean(), "favourite": favourite(usual)[1], "all_right": (usual.kind == "right").groupby(usual.wording).mean().min() >= 0.999,
+                "untrained_right": (evaluate_addition(untrained_twin(subject), problems_of("confirmation", PROBLEMS)).kind == "right").mean()}
     numbers |= {f"early_{kind.replace(' ', '_')}": (wrong.kind == kind).mean() for kind in ERRORS}
     accuracy = [summary_of(part, by).rename(columns={by: "group"}).assign(by=by) for by, part in (("wording", answers), ("carry", usual), ("bucket", usual))]
     return {"accuracy": pd.concat(accuracy, ignore_index=True), "early": summary_of(halfway, "carry"), "course": course}, numbers
@@ -535,7 +540,7 @@ def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         **{f"early_{kind.replace(' ', '_')}": (f"share of the wrong answers halfway through training that are of the kind: {kind}", "", (0, 1)) for kind in ERRORS},
         **{f"learned_digit_{place}": (f"step from which on nine in ten of the {place} are right", "steps", (0, 10_000)) for place in PLACES[:3]},
         **{f"learned_carry_{carry}": (f"step from which on nine in ten answers are right, problems in which this carries: {carry}", "steps", (0, 10_000)) for carry in ("none", "units", "tens", "both")},
-        "favourite": ("share of answers that are the number said most often", "", (0, 1)), "all_right": ("share of seeds in which 999 of a thousand confirmation problems are right in each trained wording", "", (0, 1))}
+        "favourite": ("share of answers that are the number said most often", "", (0, 1)), "untrained_right": ("share of the confirmation problems, asked as a question, answered right by the untrained model", "", (0, 1)), "all_right": ("share of seeds in which 999 of a thousand confirmation problems are right in each trained wording", "", (0, 1))}
     return gathered(accuracy_of, what)
 
 
@@ -633,10 +638,8 @@ def places_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, floa
     "Where every head looks when a digit is asked for, and by which places a changed digit, or the carry, goes."
     import pandas as pd
     model, looked, gone, numbers = subject.open(), [], [], {}
-    for place, length in itertools.product(PLACES[:3], (2, 3)):
-        some = problems_of("test", PROBLEMS)
-        if place == "hundreds" and length == 2: continue
-        asked = ask(model, some[some.answer.astype(str).str.len() == length], place)
+    for place, length in (("units", 2), ("tens", 2), ("units", 3), ("tens", 3), ("hundreds", 3)):
+        asked = ask(model, problems_of("test", PROBLEMS, length), place)
         attention = attention_to(model, asked)
         looked += [{"place": place, "digits": length, "head": head_label(layer, head), "digit": DIGITS[i], "attention": attention[layer, head, i], "n": len(asked.rows)} for layer, head, i in np.ndindex(attention.shape)]
     for kind, length in itertools.product(PAIRS, (2, 3)):
@@ -647,15 +650,10 @@ def places_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, floa
     return {"attention": pd.DataFrame(looked), "places": pd.DataFrame(gone)}, numbers
 
 def places_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "Where heads look and by which places digits and carries go, in every model; and how many ways the models go."
+    "Where heads look and by which places digits and carries go, in every model."
     what = {f"{name}_{kind}_{length}": (f"share of seeds in which half of the pairs that differ in {kind}, with answers of {length} digits, flip with the outputs of layer 0 {where}", "", (0, 1)) for kind in PAIRS for length in (2, 3)
             for name, where in (("fetched", "at one earlier place"), ("on_the_spot", "where the digit is asked for"))}
-    results, tables = gathered(places_of, what)
-    places = tables["places"]
-    kept_ones = ~places.seed.isin(DESIGN)
-    for name, some in (("all", places[~kept_ones]), ("all_kept", places[kept_ones]), ("every", places[kept_ones.any() | kept_ones])):
-        if len(some[["model", "seed"]].drop_duplicates()) > 2: results |= ways_results(some, name)
-    return results, tables | {"ways": ways_of(places)}
+    return gathered(places_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #85f62dc3
@@ -743,6 +741,21 @@ def ways_results(places: pd.DataFrame, prefix: str) -> dict[str, Result]:
         if families and len(set(family)) > 1: found[f"{kind}_of_one_family"] = rate_result(sum(number == 1 for number in families), len(families), unit="", how=f"share of the {kind} of two models or more that are all of one architecture")
     return {f"{prefix}_{name}": result for name, result in found.items()}
 
+def heads_within_ways(places: pd.DataFrame, ablation: pd.DataFrame) -> Result | None:
+    "Of the ways that two models or more go, the share in which these need different numbers of heads (resample ablation costs more than a tenth of the digits at some place); None where no way is shared."
+    heads = ablation[(ablation.carry == "all") & (ablation.method == "resample") & ~ablation.part.str.startswith("MLP")]
+    needed = (heads.groupby(["model", "seed", "part"]).lost.max() > 0.1).groupby(["model", "seed"]).sum().rename("heads").reset_index()
+    ways = ways_of(places).merge(needed, on=["model", "seed"])
+    differ = [group.heads.nunique() > 1 for _, group in ways.groupby([column for column in ways if column not in ("model", "seed", "group", "heads")]) if len(group) > 1]
+    return rate_result(sum(differ), len(differ), unit="", how="share of the ways of two models or more in which these need different numbers of heads") if differ else None
+
+def ways_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "How many ways the models go, by the places that are stored: those of the seeds that the analysis was designed on, those that were kept, and all."
+    places, ablation, results = load_table(EXPERIMENT, "places"), load_table(EXPERIMENT, "ablation"), {}
+    for name, seeds in (("design", places.seed.isin(DESIGN)), ("kept", ~places.seed.isin(DESIGN)), ("all", places.seed >= 0)):
+        if len(places[seeds][["model", "seed"]].drop_duplicates()) > 2: results |= ways_results(places[seeds], name) | kept({f"{name}_heads_within_ways": heads_within_ways(places[seeds], ablation)})
+    return results, {"ways": ways_of(places)}
+
 
 # %% ../../nbs/23_addition_circuits.ipynb #75a4cfe1
 def carry_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
@@ -767,13 +780,15 @@ def carry_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float
                 for name, values in outcome.items(): note(state, f"{move}: {name}", "asked", str(layer), values, f"{move.replace(' ', '_')}_{name}_{layer}")
     return {"carry": pd.DataFrame(rows)}, numbers
 
+CARRY_OUTCOMES = {"moved": "tens are as the carry would have them", "stayed": "tens stay", "units_stayed": "units stay"}
+
 def carry_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Where the carry can be read, and whether moving it moves the tens, in every model."
     places = {"asked": "where the tens are predicted", "first": "where the first digit is predicted", "b_units": "on the last operand digit"}
     what = {}
     for kind, (where, there), passed, state in itertools.product(("", "_shuffled"), places.items(), ("embed", "0", "1"), ("trained", "untrained")):
         what[f"probe{kind}_{where}_{passed}_{state}"] = (f"share of test problems whose carry a linear probe{' fitted to shuffled labels' if kind else ''} tells from the {state} model's stream, {there}, {'before layer 0' if passed == 'embed' else f'after layer {passed}'}", "", (0, 1))
-    for move, outcome, layer in itertools.product(("carry", "even_tens", "random"), ("moved", "stayed"), (0, 1)): what[f"{move}_{outcome}_{layer}"] = (f"share of test problems whose tens {'are as the carry would have them' if outcome == 'moved' else 'stay'} once the stream after layer {layer} is moved: {move.replace('_', ' ')}", "", (0, 1))
+    for move, outcome, layer in itertools.product(("carry", "even_tens", "random"), CARRY_OUTCOMES, (0, 1)): what[f"{move}_{outcome}_{layer}"] = (f"share of test problems whose {CARRY_OUTCOMES[outcome]} once the stream after layer {layer} is moved: {move.replace('_', ' ')}", "", (0, 1))
     return gathered(carry_of, what)
 
 
@@ -786,7 +801,7 @@ def algorithm_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, f
     model, numbers, told, brought, shared = subject.open(), {}, [], [], []
     for length, place in itertools.product((2, 3), ("tens", "units")):
         effects = cell_effects(model, place, length)
-        told += algorithm_rows(model, place, length, effects, subject.seed)
+        told += algorithm_rows(model, place, length, exchange_sets(model, place, length, effects), subject.seed)
         brought += activation_rows(model, place, length, parts := effect_parts(effects))
         if place == "tens" and parts["below"]:
             exchanged, told_along = carry_exchanges(model, length, parts["below"], subject.seed)
@@ -826,6 +841,33 @@ def algorithm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     for name, runs in (("parts", "with a part exchanged"), ("single", "with a single output exchanged"), ("every", "with a part, a single output, or what brings neither exchanged")):
         what |= {f"{name}_all": (f"share of runs {runs} in which the model says what the algorithm says", "", (0, 1)), f"{name}_unmoved": (f"share of runs {runs} in which the model says its own digit", "", (0, 1)), f"{name}_moved": (f"share of runs {runs} that say another than the own digit in which it is the algorithm's", "", (0, 1))}
     return gathered(algorithm_of, what)
+
+
+# %% ../../nbs/23_addition_circuits.ipynb #7f9b290f
+def wordings_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "Whether the model says what the algorithm says in the other wordings, too, with parts that are chosen there."
+    import pandas as pd
+    model, rows, numbers = subject.open(), [], {}
+    for wording, place in itertools.product(TRAINED[1:], ("tens", "units")):
+        effects = cell_effects(model, place, 2, wording=wording)
+        sets = part_exchanges("effect", effect_parts(effects), list(effects["a_same"]), place)
+        rows += [{"wording": wording} | row for row in algorithm_rows(model, place, 2, sets, subject.seed, wording)]
+    table = pd.DataFrame(rows)
+    for row in table.itertuples(): numbers[f"{wording_key(row.part, row.place)}_{row.wording}"] = row.agrees
+    for (part, place), some in table.groupby(["part", "place"]): numbers[f"{wording_key(part, place)}_in_all"] = some.agrees.max() < 0.2 if part.startswith("all but") else some.agrees.min() >= 0.9
+    return {"wordings": table}, numbers
+
+def wording_key(part: str, place: str) -> str: return f"worded_{part.replace(' ', '_')}_{place}"
+
+def wordings_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The algorithm and every model, in the other wordings."
+    what = {}
+    for part, place in (("same", "tens"), ("below", "tens"), ("same", "units")):
+        for name, exchanged, than in ((part, PARTS[part], "nine in ten or more"), (f"all but {part}", f"everything but {PARTS[part]}", "less than two in ten")):
+            how = f"the {place} of answers of two digits are what the algorithm says with {exchanged} as in another problem, of those that the part should change"
+            what |= {f"{wording_key(name, place)}_{wording}": (f"share of the problems in the wording {wording} in which {how}", "", (0, 1)) for wording in TRAINED[1:]}
+            what[f"{wording_key(name, place)}_in_all"] = (f"share of seeds in which, in every other trained wording, of {than} of the problems {how}", "", (0, 1))
+    return gathered(wordings_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #b5ef79c1
@@ -872,6 +914,7 @@ def waves_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float
     taken = {"two_best": wave_patterns(best), "the_others": wave_patterns([k for k in range(1, 6) if k not in best])}
     taken |= {f"random_{i}": random_patterns(taken["two_best"].shape[1], 100 * subject.seed + i) for i in range(20)} | {f"shuffled_{i}": shuffled_best(held["embedding"], 100 * subject.seed + i) for i in range(20)} | {f"{k}": wave_patterns([k]) for k in range(1, 6)}
     taken["largest"] = np.linalg.svd(held["embedding"] - held["embedding"].mean(0))[0][:, :taken["two_best"].shape[1]]
+    numbers |= {f"strong_{k}": k in best for k in range(1, 6)}
     right = {name: values.mean() for name, values in right_without(model, asked, taken).items()}
     random, shuffled = ([share for name, share in right.items() if name.startswith(kind)] for kind in ("random", "shuffled"))
     numbers |= {"right_without_two_best": right["two_best"], "right_with_two_best": right["the_others"], "right_without_random": np.mean(random), "right_without_shuffled": np.mean(shuffled), "right_without_largest": right["largest"],
@@ -883,6 +926,7 @@ def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     held = {"embedding": "the digits' embeddings", "embedding_untrained": "the digits' embeddings in the untrained model"} | {f"mlp_{layer}_{name}": f"the mean inputs of MLP {layer} before the units, by {of}" for layer in (0, 1) for name, of in (("a", "the first operand's units"), ("b", "the second operand's units"), ("sum", "the units of the sum"))}
     what = {f"{name}_{number}": (text.format(of), "", (0, 1)) for name, of in held.items() for number, text in (("two_best", "share of the variance of {} in their two strongest frequencies"), ("two_best_shuffled", "share of the variance of {}, the digits in random orders, in two frequencies"), ("line", "share of the variance of {} that a straight line holds"),
             ("slowest", "share of the variance of {} that one turn in ten digits holds"), ("beyond_shuffled", "share of seeds in which two frequencies hold more of {} than in 95% of random orders"))}
+    what |= {f"strong_{k}": (f"share of seeds in which {k} turns in ten digits are one of the two strongest frequencies of the digits' embeddings", "", (0, 1)) for k in range(1, 6)}
     return gathered(waves_of, what | {"right_without_two_best": ("share of the units that are right without the two strongest frequencies of the operand digits' embeddings", "", (0, 1)), "right_with_two_best": ("share of the units that are right with the two strongest frequencies alone", "", (0, 1)), "right_without_random": ("share of the units that are right without as many random patterns, mean of twenty draws", "", (0, 1)),
         "two_best_matter": ("share of seeds in which fewer than half of the units are right without the two strongest frequencies", "", (0, 1)), "two_best_above_random": ("share of seeds in which fewer are right without these than without any of twenty draws of random patterns", "", (0, 1)),
         "right_without_shuffled": ("share of the units that are right without the two strongest frequencies of the digits in random orders, mean of twenty draws", "", (0, 1)), "right_without_largest": ("share of the units that are right without as many principal components of the digits' embeddings", "", (0, 1)), "two_best_above_shuffled": ("share of seeds in which fewer are right without the two strongest frequencies than without those of any of twenty random orders", "", (0, 1))})
@@ -909,11 +953,14 @@ def beyond_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     return gathered(beyond_of, {f"right_{name}": (f"share of the problems answered right that no model was trained on: {name.replace('_', ' ')}", "", (0, 1)) for name in ("three_digits", "subtraction", "increment", "one_digit", "reversed")})
 
 def _files() -> list[Path]:
-    "The models that are looked at, and what they were halfway."
-    return [home() / "models" / name for subject in studied() for name in (f"{subject.family}/seed{subject.seed}", early_name(subject))]
+    "The models that add, and what they were halfway."
+    return [home() / "models" / name for subject in shipped_subjects(ADDITION) for name in (f"{subject.family}/seed{subject.seed}", early_name(subject))]
+
+def _tables() -> list[Path]: return [results_dir(EXPERIMENT) / f"{name}.csv" for name in ("places", "ablation")]
 
 _SIZES = {"problems": PROBLEMS, "pairs": FLIP_PAIRS, "learned": LEARNED}
-STAGES = {name: Stage(stage, _SIZES, LOOKED_AT, _files, lambda: None if studied() else "no model that adds is shipped here") for name, stage in (("accuracy", accuracy_stage), ("halfway", halfway_stage), ("ablation", ablation_stage), ("flips", flips_stage), ("places", places_stage), ("carry", carry_stage), ("algorithm", algorithm_stage), ("circuits", circuits_stage), ("waves", waves_stage), ("beyond", beyond_stage))}
+_MAKE = {"accuracy": accuracy_stage, "halfway": halfway_stage, "ablation": ablation_stage, "flips": flips_stage, "places": places_stage, "ways": ways_stage, "carry": carry_stage, "algorithm": algorithm_stage, "wordings": wordings_stage, "circuits": circuits_stage, "waves": waves_stage, "beyond": beyond_stage}
+STAGES = {name: Stage(make, _SIZES, SEEDS, _tables if name == "ways" else _files, lambda: None if shipped_subjects(ADDITION) else "no model that adds is shipped here") for name, make in _MAKE.items()}
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #ce030a74
