@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'corpus_rows', 'activations_at', 'check_finite', 'activation_batches', 'save_sae', 'load_sae',
-           'sae_hook', 'check_sae', 'new_sae', 'fit_sae', 'train_sae', 'SAEQuality', 'encoded', 'with_features',
-           'evaluate_sae', 'nearest_directions', 'match_directions', 'feature_splitting', 'ablate_feature',
-           'steer_with_feature', 'strongest_rows', 'logit_effects', 'loss_without', 'feature_dashboard']
+__all__ = ['ARCHITECTURES', 'corpus_rows', 'activations_at', 'check_finite', 'activation_batches', 'stored_batches', 'save_sae',
+           'load_sae', 'sae_hook', 'check_sae', 'new_sae', 'fit_sae', 'train_sae', 'SAEQuality', 'encoded',
+           'with_features', 'evaluate_sae', 'nearest_directions', 'match_directions', 'feature_splitting',
+           'planted_dictionary', 'planted_codes', 'planted_batches', 'ablate_feature', 'steer_with_feature',
+           'strongest_rows', 'logit_effects', 'loss_without', 'feature_dashboard']
 
 # %% ../nbs/12_sae.ipynb #abedec48
 def corpus_rows(model: TransformerBridge, data: str | Int[Tensor, "row pos"] | Sequence[str | Int[Tensor, "pos"]], length: int | None = None) -> Int[Tensor, "row pos"]:
@@ -77,6 +78,13 @@ def activation_batches(model: TransformerBridge, hook_name: str, rows: Int[Tenso
         for batch in waiting[:whole].split(batch_size): yield batch.clone()                     # a view would keep the block alive
         waiting, number = waiting[whole:].clone(), number + 1
         waiting = torch.cat([waiting, _block(model, hook_name, rows, number, block, seed, skip, chunk)])
+
+def stored_batches(values: Float[Tensor, "some width"], batch_size: int, seed: int = 0) -> Callable[[int], Iterator[Float[Tensor, "batch_size width"]]]:
+    "Batches for `fit_sae` of activations that are here already, in memory or mapped from a file, of any floating type: all of them in a random order, and in a new one again and again."
+    def batches(start: int) -> Iterator[Float[Tensor, "batch_size width"]]:
+        "From the `start`-th activation on."
+        for number in itertools.count(start // batch_size): yield values[_some_rows(len(values), number * batch_size, batch_size, seed).to(values.device)].float()
+    return batches
 
 # %% ../nbs/12_sae.ipynb #4e8cb65b
 def _sae_lens():
@@ -249,17 +257,19 @@ def _check_same(state: Path, ours: Mapping[str, Any]) -> None:
 
 # %% ../nbs/12_sae.ipynb #220b3968
 def train_sae(model: TransformerBridge, hook_name: str, data: str | Int[Tensor, "row pos"] | Sequence[str | Int[Tensor, "pos"]], architecture: str = "topk", d_sae: int | None = None, k: float = 32, *, batch_size: int = 4096, length: int | None = None, skip: int = 0, block: int = 256,
-              seed: int = 0, **options) -> SAE:
+              seed: int = 0, stored: Float[Tensor, "some width"] | None = None, **options) -> SAE:
     """An autoencoder of what a hook of any opened model sees, such as `blocks.3.hook_resid_post`, over a corpus: a text, texts, or token ids `[row, pos]`. Activations are made as they are needed (see `activation_batches` for `block` and memory; `length` cuts texts into rows, `skip` leaves out the first positions of each), so that the corpus may be larger than memory
-    holds of activations. `batch_size` is in activations; all other options are those of `fit_sae`. `InputError` for a hook that there is not, too few tokens for one batch, activations without a number, and what `fit_sae` refuses."""
+    holds of activations; or they are `stored`, `[row * pos, width]`, made before by `activations_at` for several trainings on one hook. `batch_size` is in activations; all other options are those of `fit_sae`. `InputError` for a hook that there is not, too few tokens for one batch, activations without a number, and what `fit_sae` refuses."""
     check_model(model), check_names(model, "hook_name", [hook_name])
     rows = corpus_rows(model, data, length)
     skip, batch_size, block = (int(check_range(name, value, least, most)) for name, value, least, most in (("skip", skip, 0, rows.shape[1]), ("batch_size", batch_size, 1, 2**31), ("block", block, 1, 2**31)))
     if len(rows) * (rows.shape[1] - skip) < batch_size: raise InputError("data", f"{len(rows) * (rows.shape[1] - skip)} activations", f"too few tokens: a batch has {batch_size}")
+    if stored is not None and len(stored) != len(rows) * (rows.shape[1] - skip): raise InputError("stored", f"{len(stored)} activations", f"the data has {len(rows) * (rows.shape[1] - skip)}")
     metadata = {"model_name": getattr(model.cfg, "model_name", None) or "model", "hook_name": hook_name, "weights": weights_key(model), "skip": skip, "context_size": rows.shape[1], "prepend_bos": False, "block": block,
                 "data": hashlib.sha256(rows[::max(1, len(rows) // 64)].cpu().numpy().tobytes()).hexdigest()[:16] + f" {len(rows)} rows"}
     options.setdefault("device", str(model.cfg.device))
-    return fit_sae(lambda start: activation_batches(model, hook_name, rows, batch_size, start=start, seed=seed, skip=skip, block=block), architecture, d_sae, k, seed=seed, metadata=metadata, **options)
+    batches = (lambda start: activation_batches(model, hook_name, rows, batch_size, start=start, seed=seed, skip=skip, block=block)) if stored is None else stored_batches(stored, batch_size, seed)
+    return fit_sae(batches, architecture, d_sae, k, seed=seed, metadata=metadata, **options)
 
 # %% ../nbs/12_sae.ipynb #422eab26
 @dataclass(frozen=True)
@@ -403,6 +413,25 @@ def feature_splitting(narrow: Float[Tensor, "feature width"], wide: Float[Tensor
     best = [(torch.nn.functional.normalize(some.float().cpu(), dim=1) @ unit.T).max(1) for some in wide.split(1024)]
     near = torch.cat([found.indices[found.values >= least] for found in best])
     return torch.bincount(near, minlength=len(narrow)).numpy()
+
+# %% ../nbs/12_sae.ipynb #6eca9d94
+def planted_dictionary(d: int, n: int, seed: int = 0) -> Float[Tensor, "n d"]:
+    "`n` directions of length 1 in `d` dimensions, drawn at random: a dictionary that is known."
+    import torch
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=generator("dictionary", seed)), dim=1)
+
+def planted_codes(n: int, active: float, size: int, seed: int = 0, number: int = 0) -> Float[Tensor, "size n"]:
+    "How much of each of `n` entries is there in the activations of the `number`-th batch: each is there in `active / n` of them, with a strength drawn evenly from 0.5 to 1.5."
+    import torch
+    draw = generator("codes", seed, number)
+    return (torch.rand(size, n, generator=draw) < active / n) * (0.5 + torch.rand(size, n, generator=draw))
+
+def planted_batches(truth: Float[Tensor, "n d"], active: float, size: int = 1024, seed: int = 0, different: int | None = None) -> Callable[[int], Iterator[Float[Tensor, "size d"]]]:
+    "Activations made of a known dictionary, for `fit_sae`: batches without end, or the same `different` ones again and again."
+    def batches(start: int) -> Iterator[Float[Tensor, "size d"]]:
+        "From the `start`-th activation on."
+        for number in itertools.count(start // size): yield planted_codes(len(truth), active, size, seed, number if different is None else number % different) @ truth
+    return batches
 
 # %% ../nbs/12_sae.ipynb #4e9391c2
 @contextlib.contextmanager

@@ -9,27 +9,28 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from .attention_analysis import untrained_copy
 from .core import Result, check_choice, home
 from .data import char_tokenizer, encode, fetch, has_corpus, load_text
 from .models import as_bridge, list_models, load_model
-from .statistics import mean_result, seeds_result
+from .statistics import mean_result, rate_result, seeds_result
 from .training import ALPHABET, Recipe, kept_steps, load_recipe, snapshots, steps_done
 
 if TYPE_CHECKING:
-    import numpy as np, torch
+    import numpy as np, pandas as pd, torch
     from jaxtyping import Float, Int
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'ADDITION', 'Subject', 'shipped_subjects', 'untrained_subjects',
-           'public_subjects', 'bos_token', 'with_bos', 'token_options', 'subject_tokens', 'shown_tokens', 'passages',
-           'moments', 'some_steps', 'shipped_runs', 'moments_missing', 'lasting_from', 'over_seeds', 'key', 'kept',
-           'brief', 'corpus_missing', 'babyllama_missing', 'subject_files']
+__all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'ADDITION', 'Asks', 'Subject', 'shipped_subjects', 'untrained_twin',
+           'untrained_subjects', 'public_subjects', 'bos_token', 'with_bos', 'token_options', 'subject_tokens',
+           'shown_tokens', 'passages', 'moments', 'some_steps', 'shipped_runs', 'moments_missing', 'lasting_from',
+           'over_seeds', 'key', 'in_parallel', 'gathered', 'kept', 'brief', 'corpus_missing', 'babyllama_missing',
+           'subject_files']
 
 # %% ../nbs/13_subjects.ipynb #db6b4ee3
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ def shipped_subjects(families: Sequence[str] = FAMILIES) -> list[Subject]:
     found = [(name, re.fullmatch(rf"({'|'.join(families)})/seed(\d+)", name)) for name in list_models()]
     return [Subject(match[1], int(match[2]), partial(load_model, name, device="cpu")) for name, match in found if match]
 
+def untrained_twin(subject: Subject) -> TransformerBridge:
+    "The subject's architecture with fresh weights, drawn by its seed."
+    model = subject.open()
+    return as_bridge(untrained_copy(model, subject.seed).original_model, model.tokenizer)
+
 def untrained_subjects(families: Sequence[str] = FAMILIES) -> list[Subject]:
     "The untrained twin of each shipped subject: same architecture, fresh random weights, no training step."
-    def open_twin(subject: Subject) -> TransformerBridge:
-        "The subject's architecture with fresh weights."
-        model = subject.open()
-        twin = untrained_copy(model, subject.seed)
-        return as_bridge(twin.original_model, model.tokenizer)
-    return [Subject(f"{subject.family}-untrained", subject.seed, partial(open_twin, subject)) for subject in shipped_subjects(families)]
+    return [Subject(f"{subject.family}-untrained", subject.seed, partial(untrained_twin, subject)) for subject in shipped_subjects(families)]
 
 def public_subjects() -> list[Subject]:
     "BabyLlama-105, if its files are here."
@@ -150,6 +151,40 @@ def over_seeds(per_seed: list[Float[np.ndarray, "batch"]], what: str, unit: str 
 def key(family: str, name: str) -> str:
     "The name of a family's number in the summary."
     return f"{family}_{name}".replace("-", "_").replace(".", "_")
+
+Asks = Callable[[Subject], tuple[dict[str, "pd.DataFrame"], dict[str, float]]]                 # of one model: tables, and numbers by name
+
+def in_parallel(asks: Callable[[Any], Any], items: Sequence[Any], unit: str = "model") -> list[Any]:
+    "What `asks` says of each, in order: as many at a time as there are processors for this process, each with one thread and about half a gigabyte; one after another where there is one, or where `asks` is not in a module."
+    import os, torch
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+    from tqdm import tqdm
+    bar = partial(tqdm, total=len(items), desc=asks.__name__, unit=unit)
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(items))
+    if workers < 2 or asks.__module__ == "__main__": return list(bar(map(asks, items)))
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool: return list(bar(pool.map(asks, items)))
+
+def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[str, str, tuple[float, float] | None]], group: Callable[[Subject], str] = lambda subject: "") -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The tables of all models, one of the numbers of each (named after `asks`), and one number for each family, `group` (a prefix) and name, over the seeds that have it; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
+    import numpy as np, pandas as pd
+    tables, found, single = {}, {}, []
+    for subject, (frames, numbers) in zip(subjects, in_parallel(asks, subjects)):
+        for name, frame in frames.items():
+            frame.insert(0, "model", subject.family), frame.insert(1, "seed", subject.seed)
+            tables.setdefault(name, []).append(frame)
+        for name, value in numbers.items():
+            if not np.isfinite(value): continue
+            found.setdefault((subject.family, group(subject), name), []).append(float(value))
+            single.append({"model": subject.family, "seed": subject.seed, "name": name, "value": float(value)})
+    def one(name: str, values: Sequence[float]) -> Result | None:
+        "One number from one for each seed."
+        how = what[name]
+        if how[0].startswith("share of seeds"): return rate_result(int(sum(values)), len(values), unit="", how=how[0], seeds=len(values))
+        return over_seeds([np.array([value]) for value in values], *how)
+    results = kept({key(family, prefix + name): one(name, values) for (family, prefix, name), values in found.items()})
+    tables[f"{asks.__name__.removesuffix('_of')}_seeds"] = [pd.DataFrame(single)]
+    return results, {name: pd.concat(frames, ignore_index=True).round(4) for name, frames in tables.items()}
 
 def kept(results: dict[str, Result | None]) -> dict[str, Result]:
     "The results that there are."

@@ -22,7 +22,7 @@ from ..interventions import Edit, Replay, capture, hook_name, norm_gain
 from ..logit_lens import stream_contributions
 from ..models import head_label, load_model
 from ..statistics import benjamini_hochberg, permutation_test, rate_result, wilson_interval
-from ..subjects import ADDITION, Subject, brief, kept, key, lasting_from, over_seeds, shipped_subjects, untrained_subjects
+from ..subjects import ADDITION, Asks, Subject, brief, gathered, key, lasting_from, shipped_subjects, untrained_twin
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -34,8 +34,8 @@ EXPERIMENT, TRAINED, FRESH = "addition_circuits", ("question", "sum", "plus", "b
 PROBLEMS, FLIP_PAIRS, LEARNED = 300, 200, 2000                                                 # how many test problems, pairs, and training problems a question is put to
 
 # %% auto #0
-__all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DIGITS', 'VARIABLES', 'Cell', 'Exchange',
-           'CIRCUITS', 'SEEDS', 'DESIGN', 'Asks', 'CARRY_OUTCOMES', 'PARTS', 'CIRCUIT_NUMBERS', 'STAGES',
+__all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DIGITS', 'CARRY_OUTCOMES', 'VARIABLES', 'Cell',
+           'Exchange', 'CIRCUITS', 'SEEDS', 'DESIGN', 'PARTS', 'CIRCUIT_NUMBERS', 'Passes', 'PREDICTED', 'STAGES',
            'attention_to', 'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm',
            'operand_digits', 'expected_digits', 'layer_cells', 'place_name', 'cell_name', 'cell_values', 'cell_edits',
            'both_runs', 'interchanged', 'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by',
@@ -43,13 +43,13 @@ __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED'
            'activation_rows', 'move_flips', 'carry_moves_of_parts', 'carry_exchanges', 'digit_task', 'circuit_row',
            'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings', 'without_patterns',
            'wave_patterns', 'random_patterns', 'shuffled_best', 'right_without', 'label_means', 'save_activations',
-           'digit_leads', 'lead_differences', 'untrained_twin', 'early_name', 'for_each_model', 'gathered', 'course_of',
-           'accuracy_of', 'accuracy_stage', 'halfway_of', 'halfway_stage', 'ablation_of', 'ablation_stage', 'flip_rows',
-           'best_part', 'flips_of', 'flips_stage', 'places_of', 'places_stage', 'place_maps', 'way_distances',
-           'silhouette', 'best_groups', 'ways_of', 'resampled_ways', 'mixed_silhouettes', 'ways_results',
-           'heads_within_ways', 'ways_stage', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage',
-           'wordings_of', 'wording_key', 'wordings_stage', 'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage',
-           'beyond', 'beyond_of', 'beyond_stage', 'analyse', 'findings']
+           'digit_leads', 'lead_differences', 'early_name', 'over_models', 'course_of', 'accuracy_of', 'accuracy_stage',
+           'halfway_of', 'halfway_stage', 'ablation_of', 'ablation_stage', 'flip_rows', 'best_part', 'flips_of',
+           'flips_stage', 'places_of', 'places_stage', 'place_maps', 'way_distances', 'silhouette', 'best_groups',
+           'ways_of', 'resampled_ways', 'mixed_silhouettes', 'middle', 'ways_results', 'heads_within_ways',
+           'ways_stage', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage', 'wordings_of', 'wording_key',
+           'wordings_stage', 'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage', 'beyond', 'beyond_of',
+           'beyond_stage', 'as_predicted', 'predictions_stage', 'analyse', 'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #420e9ec0
 DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
@@ -84,8 +84,10 @@ def between_means(stream: Float[Tensor, "problem d_model"], labels: Bool[Tensor,
     "From the mean of the problems without the label to that of those with it."
     return stream[labels].mean(0) - stream[~labels].mean(0)
 
+CARRY_OUTCOMES = {"moved": "tens are as the carry would have them", "moved_alone": "tens are as the carry would have them, the units behind the right tens as they were,", "stayed": "tens stay"}
+
 def carry_moves(model: TransformerBridge, learned: Asked, stream: Float[Tensor, "problem d_model"], asked: Asked, layer: int, seed: int = 0) -> dict[str, dict[str, Float[np.ndarray, "problem"]]]:
-    "For the move between carrying and other problems, and two controls of the same length: for each problem of `asked` whether its tens then are one more or one less, as the carry would have it (`moved`), or as they were (`stayed`), and whether the units behind the right tens are as they were (`units_stayed`); problems whose answer would become longer or shorter by it are left out. Means are those of `stream`, of the `learned` problems after that layer."
+    "For the move between carrying and other problems, and two controls of the same length: for each problem of `asked` whether its tens then are one more or one less, as the carry would have it (`moved`), the units behind the right tens staying as they were (`moved_alone`), or the tens as they were (`stayed`); problems whose answer would become longer or shorter by it are left out. Means are those of `stream`, of the `learned` problems after that layer."
     import torch
     sign = np.where(carries(asked.problems).numpy(), -1, 1)
     alike = np.floor(np.log10(np.maximum(1, asked.problems.answer + 10 * sign))) == np.floor(np.log10(asked.problems.answer))
@@ -98,8 +100,8 @@ def carry_moves(model: TransformerBridge, learned: Asked, stream: Float[Tensor, 
     found = {}
     for name, way in (("carry", direction), ("even tens", even / even.norm() * direction.norm()), ("random", random / random.norm() * direction.norm())):
         said = moved_digits(model, asked, layer, sign[:, None] * way).T
-        wanted = {"moved": (said[0], tens + sign.numpy()), "stayed": (said[0], tens), "units_stayed": (said[1], units)}
-        found[name] = {outcome: (digits == ids[wished % 10]).astype(float) for outcome, (digits, wished) in wanted.items()}
+        moved, stayed, same_units = (digits == ids[wished % 10] for digits, wished in ((said[0], tens + sign.numpy()), (said[0], tens), (said[1], units)))
+        found[name] = {outcome: values.astype(float) for outcome, values in zip(CARRY_OUTCOMES, (moved, moved & same_units, stayed))}
     return found
 
 # %% ../../nbs/23_addition_circuits.ipynb #9262ce4a
@@ -213,7 +215,7 @@ def taken_by(effects: Mapping[str, Mapping[Cell, float]], cells: Collection[Cell
 Exchange = tuple    # how the parts were chosen, the part, its cells, and the variables that the function takes from the other problem with them
 
 def part_exchanges(by: str, parts: Mapping[str, Sequence[Cell]], every: Sequence[Cell], place: str) -> list[Exchange]:
-    "The parts, and for each, as a control, all other cells."
+    "An exchange of each part, and for each, as a control, one of all other cells."
     found = []
     for part in ("same", "below") if place == "tens" else ("same",):
         taken = {f"{operand}_{part}" for operand in "ab"}
@@ -463,48 +465,16 @@ def lead_differences(leads: Mapping[str, Float[np.ndarray, "problem"]], right: B
     return table.assign(confirmed=table.shortlisted & same_side)
 
 # %% ../../nbs/23_addition_circuits.ipynb #a73ae3eb
-SEEDS, DESIGN = range(10), range(5)                                                            # the seeds of each architecture; those that were looked at while the analysis was designed
-
-def untrained_twin(subject: Subject) -> TransformerBridge:
-    "The subject's architecture with fresh weights."
-    return next(twin for twin in untrained_subjects([subject.family]) if twin.seed == subject.seed).open()
+SEEDS, DESIGN = range(10), range(5)                                                            # the seeds of each architecture; those of which some models were looked at while the analysis was designed
 
 def early_name(subject: Subject) -> str:
     "The name of the model that is kept from halfway through the same training."
     return f"{subject.family}/seed{subject.seed}-early"
 
 # %% ../../nbs/23_addition_circuits.ipynb #6aad9b9e
-Asks = Callable[[Subject], tuple[dict[str, "pd.DataFrame"], dict[str, float]]]                 # of one model: tables, and numbers by name
-
-def for_each_model(asks: Asks, subjects: Sequence[Subject]) -> list[tuple[dict[str, pd.DataFrame], dict[str, float]]]:
-    "What each model has to say, in order: as many at a time as there are processors for this process, each with one thread and about half a gigabyte; one after another where there is one, or where `asks` is not in a module."
-    import os, torch
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    from tqdm import tqdm
-    bar = partial(tqdm, total=len(subjects), desc=asks.__name__, unit="model")
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(subjects))
-    if workers < 2 or asks.__module__ == "__main__": return list(bar(map(asks, subjects)))
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool: return list(bar(pool.map(asks, subjects)))
-
-def gathered(asks: Asks, what: Mapping[str, tuple[str, str, tuple[float, float] | None]]) -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "The tables of all models, and one number for each family, group of seeds and name, over the seeds that have it; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
-    import pandas as pd
-    tables, found, subjects = {}, {}, shipped_subjects(ADDITION)
-    for subject, (frames, numbers) in zip(subjects, for_each_model(asks, subjects)):
-        for name, frame in frames.items():
-            frame.insert(0, "model", subject.family), frame.insert(1, "seed", subject.seed)
-            tables.setdefault(name, []).append(frame)
-        for name, value in numbers.items():
-            if np.isfinite(value): found.setdefault((subject.family, f"{'' if subject.seed in DESIGN else 'kept_'}{name}"), []).append(float(value))
-    def one(name: str, values: Sequence[float]) -> Result | None:
-        "One number from one for each seed."
-        how = what[name.removeprefix("kept_")]
-        if how[0].startswith("share of seeds"): return rate_result(int(sum(values)), len(values), unit="", how=how[0], seeds=len(values))
-        return over_seeds([np.array([value]) for value in values], *how)
-    results = kept({key(family, name): one(name, values) for (family, name), values in found.items()})
-    return results, {name: pd.concat(frames, ignore_index=True).round(4) for name, frames in tables.items()}
-
+def over_models(asks: Asks, what: Mapping[str, tuple[str, str, tuple[float, float] | None]]) -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "`gathered` for the models that add: numbers of seeds 0 to 4 and, by themselves (`kept`), of seeds 5 to 9."
+    return gathered(asks, [subject for subject in shipped_subjects(ADDITION) if subject.seed in SEEDS], what, lambda subject: "" if subject.seed in DESIGN else "kept_")
 
 # %% ../../nbs/23_addition_circuits.ipynb #5debd74f
 def course_of(subject: Subject) -> pd.DataFrame:
@@ -540,8 +510,8 @@ def accuracy_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         **{f"early_{kind.replace(' ', '_')}": (f"share of the wrong answers halfway through training that are of the kind: {kind}", "", (0, 1)) for kind in ERRORS},
         **{f"learned_digit_{place}": (f"step from which on nine in ten of the {place} are right", "steps", (0, 10_000)) for place in PLACES[:3]},
         **{f"learned_carry_{carry}": (f"step from which on nine in ten answers are right, problems in which this carries: {carry}", "steps", (0, 10_000)) for carry in ("none", "units", "tens", "both")},
-        "favourite": ("share of answers that are the number said most often", "", (0, 1)), "untrained_right": ("share of the confirmation problems, asked as a question, answered right by the untrained model", "", (0, 1)), "all_right": ("share of seeds in which 999 of a thousand confirmation problems are right in each trained wording", "", (0, 1))}
-    return gathered(accuracy_of, what)
+        "favourite": ("share of answers that are the number said most often", "", (0, 1)), "untrained_right": (f"share of {PROBLEMS} confirmation problems, asked as a question, answered right by the untrained model", "", (0, 1)), "all_right": ("share of seeds in which 999 of a thousand confirmation problems are right in each trained wording", "", (0, 1))}
+    return over_models(accuracy_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #e8b84d45
@@ -560,7 +530,7 @@ def halfway_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, flo
 
 def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Right and wrong answers of every model halfway through training."
-    return gathered(halfway_of, {f"halfway_{place}_{name}": how for place in ("tens", "units") for name, how in (
+    return over_models(halfway_of, {f"halfway_{place}_{name}": how for place in ("tens", "units") for name, how in (
         ("right", (f"share of the test problems whose {place} are right halfway through training", "", (0, 1))), ("shortlisted", (f"heads and MLPs whose lead differs between right and wrong {place}, on every other problem; seeds with errors enough", "parts", (0, 10))),
         ("confirmed", (f"those of them that do so on the rest, {place}", "parts", (0, 10))))})
 
@@ -586,20 +556,20 @@ def ablation_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, fl
 
 def ablation_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "What every head and MLP of every model is missed for."
-    return gathered(ablation_of, {f"{name}_{method}": how for method in ABLATIONS for name, how in (
+    return over_models(ablation_of, {f"{name}_{method}": how for method in ABLATIONS for name, how in (
         ("heads_that_matter", (f"heads whose {method} ablation costs more than a tenth of the digits at some place", "heads", (0, 8))), ("upper_heads_that_matter", (f"those of them that are in layer 1, {method} ablation", "heads", (0, 4))),
         ("mlps_that_matter", (f"MLPs whose {method} ablation costs more than a tenth of the digits at some place", "MLPs", (0, 2))), ("best_head_lost", (f"share of the digits that the most important head is missed for, at the place where it is most, {method} ablation", "", (-1, 1))))})
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #f6944c08
 def flip_rows(model: TransformerBridge, kind: str, split: str = "test", n: int = FLIP_PAIRS) -> pd.DataFrame:
-    "For each part, how often a pair's digit flips with it alone: on all pairs, with Wilson's interval, on every other pair (`chooses`) and the rest (`measures`), and from another pair's problem (`shuffled`)."
+    "For each part, how often a pair's digit flips with it alone: on all pairs, with Wilson's interval, on every other pair (`chooses`) and the rest (`measures`), and on these from another pair's problem (`shuffled`)."
     import pandas as pd
     first, second = known_pairs(model, kind, split, n)
     real, control, rows = flips(model, first, second), flips(model, first, second, shuffled=True), []
     for part, values in real.items():
         low, high = wilson_interval(int(values.sum()), len(values))
-        rows.append({"kind": kind, "part": part, "flips": values.mean(), "ci_low": low, "ci_high": high, "n": len(values), "chooses": values[::2].mean(), "measures": values[1::2].mean(), "shuffled": control[part].mean()})
+        rows.append({"kind": kind, "part": part, "flips": values.mean(), "ci_low": low, "ci_high": high, "n": len(values), "chooses": values[::2].mean(), "measures": values[1::2].mean(), "shuffled": control[part][1::2].mean()})
     return pd.DataFrame(rows)
 
 def best_part(rows: pd.DataFrame, mlp: bool) -> pd.Series:
@@ -630,7 +600,7 @@ def flips_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             ("best_head_in_layer_0", (f"share of seeds whose best head for {pairs} is in layer 0", "", (0, 1))), ("head_of_layer_0", (f"share of seeds in which one head of layer 0 flips half of the {pairs} or more", "", (0, 1))),
             ("one_head", (f"share of seeds in which one head flips half of the {pairs} or more", "", (0, 1))), ("best_mlp", (f"share of the {pairs} that one MLP flips, the best by every other pair, on the rest", "", (0, 1))),
             ("best_mlp_is_0", (f"share of seeds whose best MLP for {pairs} is that of layer 0", "", (0, 1))), ("heads_over_half", (f"heads that alone flip half of the {pairs} or more", "heads", (0, 8))), ("mean_head", (f"share of the {pairs} that a head flips, mean over heads", "", (0, 1))))}
-    return gathered(flips_of, what)
+    return over_models(flips_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #7fd5f45f
@@ -653,7 +623,7 @@ def places_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Where heads look and by which places digits and carries go, in every model."
     what = {f"{name}_{kind}_{length}": (f"share of seeds in which half of the pairs that differ in {kind}, with answers of {length} digits, flip with the outputs of layer 0 {where}", "", (0, 1)) for kind in PAIRS for length in (2, 3)
             for name, where in (("fetched", "at one earlier place"), ("on_the_spot", "where the digit is asked for"))}
-    return gathered(places_of, what)
+    return over_models(places_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #85f62dc3
@@ -721,39 +691,48 @@ def mixed_silhouettes(maps: pd.DataFrame, n: int = 200, seed: int = 0) -> Float[
         found.append(best_groups(way_distances(maps * 0 + values))[1])
     return np.array(found)
 
+def middle(value: float, values: Sequence[float], n: int, unit: str, how: str) -> Result:
+    "A value of `n` models with the middle 95% of others, as far as they hold it."
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Result(float(value), min(float(low), float(value)), max(float(high), float(value)), n=n, seeds=n, unit=unit, how=how)
+
 def ways_results(places: pd.DataFrame, prefix: str) -> dict[str, Result]:
     "How many ways and groups there are among these models, beside what new draws of pairs and models put together at random would give; and whether models of one architecture are nearer to each other."
     maps, ways, drawn = place_maps(places), ways_of(places), resampled_ways(places)
     distances, mixed, n = way_distances(maps), mixed_silhouettes(maps), len(ways)
     family, score, upper = ways.model.to_numpy(), best_groups(distances)[1], np.triu(np.ones((n, n), dtype=bool), 1)
     same, signature = family[:, None] == family[None], [column for column in ways if column not in ("model", "seed", "group")]
-    def spread(value: float, values: Sequence[float], unit: str, how: str) -> Result:
-        "A value with the middle 95% of others."
-        low, high = np.percentile(values, [2.5, 97.5])
-        return Result(float(value), min(float(low), float(value)), max(float(high), float(value)), n=n, seeds=n, unit=unit, how=how)
     shared = {kind: [len(set(group.model)) for _, group in ways.groupby(by) if len(group) > 1] for kind, by in (("ways", signature), ("groups", "group"))}
-    found = {"ways": spread(ways[signature].drop_duplicates().shape[0], drawn.ways, "ways", "different ways among the models; interval: new draws of the pairs"), "groups": spread(ways.group.nunique(), drawn.groups, "groups", "groups of models by average linkage and silhouette; interval: new draws of the pairs"),
-             "silhouette": spread(score, [score], "", "silhouette of the groups"), "mixed_silhouette": spread(np.median(mixed), mixed, "", "best silhouette of models put together at random, median and middle 95%"),
+    found = {"ways": middle(ways[signature].drop_duplicates().shape[0], drawn.ways, n, "ways", "different ways among the models; interval: middle 95% of new draws of the pairs, which can hardly make ways alike, but tell them apart where about half of the pairs flip"), "groups": middle(ways.group.nunique(), drawn.groups, n, "groups", "groups of models by average linkage and silhouette; interval: new draws of the pairs"),
+             "silhouette": middle(score, [score], n, "", "silhouette of the groups"), "mixed_silhouette": middle(np.median(mixed), mixed, n, "", "best silhouette of models put together at random, median and middle 95%"),
              "silhouette_beyond_mixed": rate_result(int((mixed < score).sum()), len(mixed), unit="", how="share of draws of mixed models whose best silhouette is less than that of the models")}
     for name, some in (("within", upper & same), ("across", upper & ~same)):
-        if some.any(): found[f"distance_{name}"] = spread(distances[some].mean(), distances[some], "", f"distance of two models {'of one architecture' if name == 'within' else 'of different architectures'}, mean and middle 95%")
+        if some.any(): found[f"distance_{name}"] = middle(distances[some].mean(), distances[some], n, "", f"distance of two models {'of one architecture' if name == 'within' else 'of different architectures'}, mean and middle 95%")
     for kind, families in shared.items():
         if families and len(set(family)) > 1: found[f"{kind}_of_one_family"] = rate_result(sum(number == 1 for number in families), len(families), unit="", how=f"share of the {kind} of two models or more that are all of one architecture")
     return {f"{prefix}_{name}": result for name, result in found.items()}
 
-def heads_within_ways(places: pd.DataFrame, ablation: pd.DataFrame) -> Result | None:
-    "Of the ways that two models or more go, the share in which these need different numbers of heads (resample ablation costs more than a tenth of the digits at some place); None where no way is shared."
+def heads_within_ways(places: pd.DataFrame, ablation: pd.DataFrame, n: int = 200, seed: int = 0) -> dict[str, Result]:
+    "Of the ways that two models or more go, the share in which these need different numbers of heads (resample ablation costs more than a tenth of the digits at some place), and what it would be if heads had nothing to do with ways; nothing where no way is shared."
     heads = ablation[(ablation.carry == "all") & (ablation.method == "resample") & ~ablation.part.str.startswith("MLP")]
     needed = (heads.groupby(["model", "seed", "part"]).lost.max() > 0.1).groupby(["model", "seed"]).sum().rename("heads").reset_index()
     ways = ways_of(places).merge(needed, on=["model", "seed"])
-    differ = [group.heads.nunique() > 1 for _, group in ways.groupby([column for column in ways if column not in ("model", "seed", "group", "heads")]) if len(group) > 1]
-    return rate_result(sum(differ), len(differ), unit="", how="share of the ways of two models or more in which these need different numbers of heads") if differ else None
+    way = ways.groupby([column for column in ways if column not in ("model", "seed", "group", "heads")]).ngroup().to_numpy()
+    shared = [np.flatnonzero(way == one) for one in set(way) if (way == one).sum() > 1]
+    if not shared: return {}
+    def differ(counts: Int[np.ndarray, "model"]) -> list[bool]:
+        "Of each shared way, whether its models need different numbers of heads."
+        return [len(set(counts[models])) > 1 for models in shared]
+    draw, heads = np.random.default_rng(seed), ways.heads.to_numpy()
+    mixed = [np.mean(differ(draw.permutation(heads))) for _ in range(n)]
+    return {"heads_within_ways": rate_result(sum(differ(heads)), len(shared), unit="", how="share of the ways of two models or more in which these need different numbers of heads"),
+            "heads_within_shuffled": middle(np.mean(mixed), mixed, len(ways), "", f"the same with the numbers of heads dealt out at random over the models, mean and middle 95% of {n} draws")}
 
 def ways_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "How many ways the models go, by the places that are stored: those of the seeds that the analysis was designed on, those that were kept, and all."
+    "How many ways the models go, by the places that are stored: those of seeds 0 to 4 (`design`), of seeds 5 to 9 (`kept`), and all."
     places, ablation, results = load_table(EXPERIMENT, "places"), load_table(EXPERIMENT, "ablation"), {}
     for name, seeds in (("design", places.seed.isin(DESIGN)), ("kept", ~places.seed.isin(DESIGN)), ("all", places.seed >= 0)):
-        if len(places[seeds][["model", "seed"]].drop_duplicates()) > 2: results |= ways_results(places[seeds], name) | kept({f"{name}_heads_within_ways": heads_within_ways(places[seeds], ablation)})
+        if len(places[seeds][["model", "seed"]].drop_duplicates()) > 2: results |= ways_results(places[seeds], name) | {f"{name}_{what}": result for what, result in heads_within_ways(places[seeds], ablation).items()}
     return results, {"ways": ways_of(places)}
 
 
@@ -780,16 +759,14 @@ def carry_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float
                 for name, values in outcome.items(): note(state, f"{move}: {name}", "asked", str(layer), values, f"{move.replace(' ', '_')}_{name}_{layer}")
     return {"carry": pd.DataFrame(rows)}, numbers
 
-CARRY_OUTCOMES = {"moved": "tens are as the carry would have them", "stayed": "tens stay", "units_stayed": "units stay"}
-
 def carry_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Where the carry can be read, and whether moving it moves the tens, in every model."
     places = {"asked": "where the tens are predicted", "first": "where the first digit is predicted", "b_units": "on the last operand digit"}
     what = {}
     for kind, (where, there), passed, state in itertools.product(("", "_shuffled"), places.items(), ("embed", "0", "1"), ("trained", "untrained")):
         what[f"probe{kind}_{where}_{passed}_{state}"] = (f"share of test problems whose carry a linear probe{' fitted to shuffled labels' if kind else ''} tells from the {state} model's stream, {there}, {'before layer 0' if passed == 'embed' else f'after layer {passed}'}", "", (0, 1))
-    for move, outcome, layer in itertools.product(("carry", "even_tens", "random"), CARRY_OUTCOMES, (0, 1)): what[f"{move}_{outcome}_{layer}"] = (f"share of test problems whose {CARRY_OUTCOMES[outcome]} once the stream after layer {layer} is moved: {move.replace('_', ' ')}", "", (0, 1))
-    return gathered(carry_of, what)
+    for move, outcome, layer in itertools.product(("carry", "even_tens", "random"), CARRY_OUTCOMES, (0, 1)): what[f"{move}_{outcome}_{layer}"] = (f"share of the test problems whose answer stays as long whose {CARRY_OUTCOMES[outcome]} once the stream after layer {layer} is moved: {move.replace('_', ' ')}", "", (0, 1))
+    return over_models(carry_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #cfab0d6e
@@ -829,7 +806,7 @@ def algorithm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         for by, part in itertools.product(("attention", "effect"), PARTS):
             chosen = f"{PARTS[part]} (chosen by {by})"
             if by == "effect": what[f"holds_{part}_{place}_{length}"] = (f"share of seeds in which nine in ten of the {asked} are what the algorithm says with {chosen} as in another problem, of those that this should change", "", (0, 1))
-            what |= {f"{by}_{part}_{place}_{length}": (f"share of the {asked} that are what the algorithm says with {chosen} as in another problem, of those that this should change", "", (0, 1)), f"{by}_all_but_{part}_{place}_{length}": (f"the same with everything exchanged but {chosen}; {asked}", "", (0, 1))}
+            what |= {f"{by}_{part}_{place}_{length}": (f"share of the {asked} that are what the algorithm says with {chosen} as in another problem, of those that this should change", "", (0, 1)), f"{by}_all_but_{part}_{place}_{length}": (f"control: share of the {asked} that are what the algorithm says with {chosen} as in another problem, when all but these are exchanged", "", (0, 1))}
         moved = {"all": "exchanged", "sum": "moved between the means by sum of the units", "carry": "moved between the means by carry", "shuffled": "moved between the means by shuffled sums", "direction": "exchanged along the direction of the carry alone"}
         if place == "tens":
             what |= {f"exchanged_{name}_{length}": (f"share of carry pairs, answers of {length} digits, that flip when what brings the place below is {how}", "", (0, 1)) for name, how in moved.items()}
@@ -840,7 +817,7 @@ def algorithm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     what |= {"tables_tell": ("share of seeds in which tables of the own digits tell 0.8 of what brings the digits of the place that is asked for, and those of the other place less than 0.2, at tens and units of two and three digits", "", (0, 1)), "every_predicted": ("share of seeds in which 0.8 of the runs that say another digit say that of the algorithm", "", (0, 1))}
     for name, runs in (("parts", "with a part exchanged"), ("single", "with a single output exchanged"), ("every", "with a part, a single output, or what brings neither exchanged")):
         what |= {f"{name}_all": (f"share of runs {runs} in which the model says what the algorithm says", "", (0, 1)), f"{name}_unmoved": (f"share of runs {runs} in which the model says its own digit", "", (0, 1)), f"{name}_moved": (f"share of runs {runs} that say another than the own digit in which it is the algorithm's", "", (0, 1))}
-    return gathered(algorithm_of, what)
+    return over_models(algorithm_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #7f9b290f
@@ -857,7 +834,9 @@ def wordings_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, fl
     for (part, place), some in table.groupby(["part", "place"]): numbers[f"{wording_key(part, place)}_in_all"] = some.agrees.max() < 0.2 if part.startswith("all but") else some.agrees.min() >= 0.9
     return {"wordings": table}, numbers
 
-def wording_key(part: str, place: str) -> str: return f"worded_{part.replace(' ', '_')}_{place}"
+def wording_key(part: str, place: str) -> str:
+    "The name of what another wording shows of a part at a place."
+    return f"worded_{part.replace(' ', '_')}_{place}"
 
 def wordings_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The algorithm and every model, in the other wordings."
@@ -867,7 +846,7 @@ def wordings_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             how = f"the {place} of answers of two digits are what the algorithm says with {exchanged} as in another problem, of those that the part should change"
             what |= {f"{wording_key(name, place)}_{wording}": (f"share of the problems in the wording {wording} in which {how}", "", (0, 1)) for wording in TRAINED[1:]}
             what[f"{wording_key(name, place)}_in_all"] = (f"share of seeds in which, in every other trained wording, of {than} of the problems {how}", "", (0, 1))
-    return gathered(wordings_of, what)
+    return over_models(wordings_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #b5ef79c1
@@ -893,7 +872,7 @@ def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         of = f"the circuit for the {place} of answers of {length} digits"
         what |= {f"circuit_{name}_{place}": (f"{how}: {of}", "edges" if name == "edges" else "", None) for name, how in CIRCUIT_NUMBERS.items()}
         what |= {f"circuit_{name}_{place}": (f"share of seeds in which {of} {how}", "", (0, 1)) for name, how in (("small", "has a third of the edges or fewer"), ("unbeaten", "does more than all random circuits with as many edges of each kind"), ("needed", "is missed more than all random edges that are none of its own"), ("carries_over", "does 0.8 in all other trained wordings"))}
-    return gathered(circuits_of, what)
+    return over_models(circuits_of, what)
 
 
 # %% ../../nbs/23_addition_circuits.ipynb #88a5d05c
@@ -914,7 +893,8 @@ def waves_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float
     taken = {"two_best": wave_patterns(best), "the_others": wave_patterns([k for k in range(1, 6) if k not in best])}
     taken |= {f"random_{i}": random_patterns(taken["two_best"].shape[1], 100 * subject.seed + i) for i in range(20)} | {f"shuffled_{i}": shuffled_best(held["embedding"], 100 * subject.seed + i) for i in range(20)} | {f"{k}": wave_patterns([k]) for k in range(1, 6)}
     taken["largest"] = np.linalg.svd(held["embedding"] - held["embedding"].mean(0))[0][:, :taken["two_best"].shape[1]]
-    numbers |= {f"strong_{k}": k in best for k in range(1, 6)}
+    untrained_best = np.argsort(wave_shares(held["embedding_untrained"]))[-2:] + 1
+    numbers |= {f"{state}strong_{k}": k in of for state, of in (("", best), ("untrained_", untrained_best)) for k in range(1, 6)}
     right = {name: values.mean() for name, values in right_without(model, asked, taken).items()}
     random, shuffled = ([share for name, share in right.items() if name.startswith(kind)] for kind in ("random", "shuffled"))
     numbers |= {"right_without_two_best": right["two_best"], "right_with_two_best": right["the_others"], "right_without_random": np.mean(random), "right_without_shuffled": np.mean(shuffled), "right_without_largest": right["largest"],
@@ -926,8 +906,8 @@ def waves_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     held = {"embedding": "the digits' embeddings", "embedding_untrained": "the digits' embeddings in the untrained model"} | {f"mlp_{layer}_{name}": f"the mean inputs of MLP {layer} before the units, by {of}" for layer in (0, 1) for name, of in (("a", "the first operand's units"), ("b", "the second operand's units"), ("sum", "the units of the sum"))}
     what = {f"{name}_{number}": (text.format(of), "", (0, 1)) for name, of in held.items() for number, text in (("two_best", "share of the variance of {} in their two strongest frequencies"), ("two_best_shuffled", "share of the variance of {}, the digits in random orders, in two frequencies"), ("line", "share of the variance of {} that a straight line holds"),
             ("slowest", "share of the variance of {} that one turn in ten digits holds"), ("beyond_shuffled", "share of seeds in which two frequencies hold more of {} than in 95% of random orders"))}
-    what |= {f"strong_{k}": (f"share of seeds in which {k} turns in ten digits are one of the two strongest frequencies of the digits' embeddings", "", (0, 1)) for k in range(1, 6)}
-    return gathered(waves_of, what | {"right_without_two_best": ("share of the units that are right without the two strongest frequencies of the operand digits' embeddings", "", (0, 1)), "right_with_two_best": ("share of the units that are right with the two strongest frequencies alone", "", (0, 1)), "right_without_random": ("share of the units that are right without as many random patterns, mean of twenty draws", "", (0, 1)),
+    what |= {f"{state}strong_{k}": (f"share of seeds in which {k} turns in ten digits are one of the two strongest frequencies of the digits' embeddings{of}", "", (0, 1)) for state, of in (("", ""), ("untrained_", " before training")) for k in range(1, 6)}
+    return over_models(waves_of, what | {"right_without_two_best": ("share of the units that are right without the two strongest frequencies of the operand digits' embeddings", "", (0, 1)), "right_with_two_best": ("share of the units that are right with the two strongest frequencies alone", "", (0, 1)), "right_without_random": ("share of the units that are right without as many random patterns, mean of twenty draws", "", (0, 1)),
         "two_best_matter": ("share of seeds in which fewer than half of the units are right without the two strongest frequencies", "", (0, 1)), "two_best_above_random": ("share of seeds in which fewer are right without these than without any of twenty draws of random patterns", "", (0, 1)),
         "right_without_shuffled": ("share of the units that are right without the two strongest frequencies of the digits in random orders, mean of twenty draws", "", (0, 1)), "right_without_largest": ("share of the units that are right without as many principal components of the digits' embeddings", "", (0, 1)), "two_best_above_shuffled": ("share of seeds in which fewer are right without the two strongest frequencies than without those of any of twenty random orders", "", (0, 1))})
 
@@ -950,18 +930,85 @@ def beyond_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, floa
 
 def beyond_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Problems that no model was trained on."
-    return gathered(beyond_of, {f"right_{name}": (f"share of the problems answered right that no model was trained on: {name.replace('_', ' ')}", "", (0, 1)) for name in ("three_digits", "subtraction", "increment", "one_digit", "reversed")})
+    return over_models(beyond_of, {f"right_{name}": (f"share of the problems answered right that no model was trained on: {name.replace('_', ' ')}", "", (0, 1)) for name in ("three_digits", "subtraction", "increment", "one_digit", "reversed")})
 
+# %% ../../nbs/23_addition_circuits.ipynb #5592b058
+Passes = Callable[["pd.DataFrame"], "pd.Series"]                                               # of a table, model by number: for each whether it is as predicted
+PREDICTED: dict[str, tuple[str, Passes]] = {
+    "1_trained": ("at least 999 of a thousand confirmation sums are right in each trained wording", lambda of: of.all_right > 0),
+    "1_other": ("less than nine in ten are right in the wording that was not trained", lambda of: of.accuracy_add < 0.9),
+    "2_early": ("more than half of the errors halfway through training are off by a carry", lambda of: of.early_carry_errors > 0.5),
+    "3_heads": ("at most half of the eight heads matter", lambda of: of.heads_that_matter_resample <= 4),
+    "3_mlps": ("both MLPs matter", lambda of: of.mlps_that_matter_resample >= 2),
+    **{f"4_{digit}": (f"a single head of layer 0 flips half of the pairs that differ in {digit.replace('_', ' ')}", lambda of, digit=digit: of[f"{digit}_head_of_layer_0"] > 0) for digit in DIGITS},
+    "5_head": ("no single head flips half of the carry pairs", lambda of: of.carry_one_head < 1),
+    "5_mlp": ("the MLP that flips most carry pairs is that of layer 0", lambda of: of.carry_best_mlp_is_0 > 0),
+    "6_probe": ("a probe tells the carry in 0.99 of held-out problems", lambda of: of.probe_asked_0_trained >= 0.99),
+    "6_untrained": ("a probe on the untrained model tells it in less than 0.7", lambda of: of.probe_asked_0_untrained < 0.7),
+    "6_moved": ("moved by the carry's mean, the tens move in 0.8 of the problems", lambda of: of.carry_moved_0 >= 0.8),
+    "7_circles": ("two frequencies hold more of the digits' embeddings than in 0.95 of shuffled orders", lambda of: of.embedding_beyond_shuffled > 0),
+    **{f"8_{part}_{place}": (f"{part}, chosen by attention, at the {place} of two digits: 0.9 as the function says", lambda of, at=f"{part}_{place}_2": of[f"attention_{at}"] >= 0.9) for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))},
+    **{f"9_{part}_{place}_{length}": (f"{part}, chosen by effect, at the {place} of {length} digits: 0.9 as the function says", lambda of, at=f"{part}_{place}_{length}": of[f"effect_{at}"] >= 0.9) for length in (2, 3) for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))},
+    "9_every": ("of the runs that say another digit 0.8 say that of the function, over all exchanges", lambda of: of.every_moved >= 0.8),
+    "10_tables": ("tables of the own digits tell 0.8 of what brings *same*, of the other place's less than 0.2", lambda of: of.tables_tell > 0),
+    "11_small": ("at most a third of the edges are in the circuit, and do 0.9 of the tens", lambda of: (of.circuit_edge_share_tens <= 1 / 3) & (of.circuit_faithfulness_tens >= 0.9)),
+    "11_unbeaten": ("it does more than all of a hundred random ones with edges of the same kinds", lambda of: of.circuit_unbeaten_tens > 0),
+    "11_wordings": ("it does 0.8 in every other trained wording", lambda of: of.circuit_carries_over_tens > 0),
+    "12_half": ("without the two strongest frequencies fewer than half of the units are right", lambda of: of.two_best_matter > 0),
+    "12_random": ("fewer than without any of twenty random patterns", lambda of: of.two_best_above_random > 0),
+    "12_input": ("two frequencies hold more of the input of MLP 0 than in 0.95 of shuffled orders", lambda of: of.mlp_0_a_beyond_shuffled > 0),
+    "13_beyond": ("sums of three digits, subtractions and reversed digits are right in less than a tenth, increments in less than half", lambda of: (of[["right_three_digits", "right_subtraction", "right_reversed"]].max(axis=1) < 0.1) & (of.right_increment < 0.5)),
+}
+
+# %% ../../nbs/23_addition_circuits.ipynb #696d3e22
+PREDICTED |= {
+    **{f"15_{part}_{place}": (f"{part}, {place}: 0.9 as the function says in each other trained wording", lambda of, at=f"worded_{part}_{place}_in_all": of[at] > 0) for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))},
+    "15_control": ("all but these parts exchanged: less than 0.2, in each wording", lambda of: of[[f"worded_all_but_{part}_{place}_in_all" for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))]].min(axis=1) > 0),
+    "16_switch": ("a switch tells 0.85 of the variance along the direction of the carry", lambda of: of.along_carry_switch_2 >= 0.85),
+    "16_sum": ("the sum of the units tells at least 0.1 more than a switch", lambda of: of.along_carry_sum_2 - of.along_carry_switch_2 >= 0.1),
+    "16_shuffled": ("moves between the means by shuffled sums flip less than 0.05 of the pairs", lambda of: of.exchanged_shuffled_2 < 0.05),
+    "17_with": ("with the two strongest frequencies alone 0.9 of the units are right", lambda of: of.right_with_two_best >= 0.9),
+    "17_without": ("without them less than 0.3", lambda of: of.right_without_two_best < 0.3),
+    "17_components": ("without as many principal components less than 0.3", lambda of: of.right_without_largest < 0.3),
+    "19_circuit": ("the circuit has at most a third of the edges and does 0.8 of the tens", lambda of: (of.circuit_edge_share_tens <= 1 / 3) & (of.circuit_faithfulness_tens >= 0.8)),
+    "19_beaten": ("some random circuit with edges of the same kinds does as much", lambda of: of.circuit_unbeaten_tens < 1),
+    "19_bare": ("it does less than 0.8 of the tens in the bare form", lambda of: of.circuit_bare_tens < 0.8),
+}
+
+def as_predicted(numbers: pd.DataFrame, predicted: Mapping[str, tuple[str, Passes]]) -> dict[str, Result]:
+    "For each prediction, family and group of seeds, the share of models that are as predicted, from rows of (model, seed, name, value); a model without one of the numbers is left out."
+    of = numbers.pivot(index=["model", "seed"], columns="name", values="value").astype("Float64")
+    kept_seed = ~of.index.get_level_values("seed").isin(DESIGN)
+    found = {}
+    for family, (group, those) in itertools.product(dict.fromkeys(of.index.get_level_values("model")), (("", ~kept_seed), ("kept_", kept_seed))):
+        some = of[those & (of.index.get_level_values("model") == family)]
+        for name, (text, passes) in predicted.items():
+            if len(held := passes(some).dropna()): found[key(family, f"{group}predicted_{name}")] = rate_result(int(held.sum()), len(held), unit="", how=f"share of seeds in which, as predicted, {text}", seeds=len(held))
+    return found
+
+def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "How many models are as predicted, from the stored numbers of each."
+    import pandas as pd
+    return as_predicted(pd.concat([load_table(EXPERIMENT, f"{name}_seeds") for name in _MAKE]), PREDICTED), {}
+
+# %% ../../nbs/23_addition_circuits.ipynb #2d34ba80
 def _files() -> list[Path]:
     "The models that add, and what they were halfway."
     return [home() / "models" / name for subject in shipped_subjects(ADDITION) for name in (f"{subject.family}/seed{subject.seed}", early_name(subject))]
 
-def _tables() -> list[Path]: return [results_dir(EXPERIMENT) / f"{name}.csv" for name in ("places", "ablation")]
+def _tables(names: Sequence[str]) -> list[Path]:
+    "The stored tables of other stages."
+    return [results_dir(EXPERIMENT) / f"{name}.csv" for name in names]
+
+def _tables_missing(names: Sequence[str]) -> str | None:
+    "Why a stage that reads stored tables cannot be made, or None."
+    gone = [path.name for path in _tables(names) if not path.exists()]
+    return f"{', '.join(gone)} not made yet" if gone else None
 
 _SIZES = {"problems": PROBLEMS, "pairs": FLIP_PAIRS, "learned": LEARNED}
-_MAKE = {"accuracy": accuracy_stage, "halfway": halfway_stage, "ablation": ablation_stage, "flips": flips_stage, "places": places_stage, "ways": ways_stage, "carry": carry_stage, "algorithm": algorithm_stage, "wordings": wordings_stage, "circuits": circuits_stage, "waves": waves_stage, "beyond": beyond_stage}
-STAGES = {name: Stage(make, _SIZES, SEEDS, _tables if name == "ways" else _files, lambda: None if shipped_subjects(ADDITION) else "no model that adds is shipped here") for name, make in _MAKE.items()}
-
+_MAKE = {"accuracy": accuracy_stage, "halfway": halfway_stage, "ablation": ablation_stage, "flips": flips_stage, "places": places_stage, "carry": carry_stage, "algorithm": algorithm_stage, "wordings": wordings_stage, "circuits": circuits_stage, "waves": waves_stage, "beyond": beyond_stage}
+STAGES = {name: Stage(make, _SIZES, SEEDS, _files, lambda: None if shipped_subjects(ADDITION) else "no model that adds is shipped here") for name, make in _MAKE.items()}
+STAGES |= {name: Stage(make, _SIZES, SEEDS, partial(_tables, reads), partial(_tables_missing, reads)) for name, make, reads in (("ways", ways_stage, ("places", "ablation")), ("predictions", predictions_stage, [f"{name}_seeds" for name in _MAKE]))}
 
 # %% ../../nbs/23_addition_circuits.ipynb #ce030a74
 def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str, pd.DataFrame]:
