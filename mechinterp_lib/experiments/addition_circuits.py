@@ -46,10 +46,10 @@ __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED'
            'digit_leads', 'lead_differences', 'early_name', 'over_models', 'course_of', 'accuracy_of', 'accuracy_stage',
            'halfway_of', 'halfway_stage', 'ablation_of', 'ablation_stage', 'flip_rows', 'best_part', 'flips_of',
            'flips_stage', 'places_of', 'places_stage', 'place_maps', 'way_distances', 'silhouette', 'best_groups',
-           'ways_of', 'resampled_ways', 'mixed_silhouettes', 'middle', 'ways_results', 'heads_within_ways',
-           'ways_stage', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage', 'wordings_of', 'wording_key',
-           'wordings_stage', 'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage', 'beyond', 'beyond_of',
-           'beyond_stage', 'as_predicted', 'predictions_stage', 'analyse', 'findings']
+           'ways_of', 'resampled_ways', 'families_apart', 'mixed_silhouettes', 'middle', 'ways_results',
+           'heads_within_ways', 'ways_stage', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage',
+           'wordings_of', 'wording_key', 'wordings_stage', 'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage',
+           'beyond', 'beyond_of', 'beyond_stage', 'as_predicted', 'predictions_stage', 'analyse', 'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #420e9ec0
 DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
@@ -678,6 +678,15 @@ def resampled_ways(places: pd.DataFrame, n: int = 200, seed: int = 0) -> pd.Data
         rows.append({"ways": len(ways.drop(columns=["model", "seed", "group"]).drop_duplicates()), "groups": ways.group.nunique()})
     return pd.DataFrame(rows)
 
+def families_apart(distances: Float[np.ndarray, "model other"], family: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[int, int]:
+    "Of `n` random deals of the families over the models, in how many models of different families are less far apart, against those of one, than they are; and `n`."
+    draw, upper = np.random.default_rng(seed), np.triu(np.ones_like(distances, dtype=bool), 1)
+    def gap(dealt: np.ndarray) -> float:
+        "Mean distance across families less that within them."
+        same = dealt[:, None] == dealt[None]
+        return distances[upper & ~same].mean() - distances[upper & same].mean()
+    return int(sum(gap(draw.permutation(family)) < gap(family) - 1e-12 for _ in range(n))), n
+
 # %% ../../nbs/23_addition_circuits.ipynb #2f7d804b
 def mixed_silhouettes(maps: pd.DataFrame, n: int = 200, seed: int = 0) -> Float[np.ndarray, "n"]:
     "The best silhouette of as many models put together at random, each place and number of digits from another model of the same architecture, both operands from the same."
@@ -708,10 +717,12 @@ def ways_results(places: pd.DataFrame, prefix: str) -> dict[str, Result]:
              "silhouette_beyond_mixed": rate_result(int((mixed < score).sum()), len(mixed), unit="", how="share of draws of mixed models whose best silhouette is less than that of the models")}
     for name, some in (("within", upper & same), ("across", upper & ~same)):
         if some.any(): found[f"distance_{name}"] = middle(distances[some].mean(), distances[some], n, "", f"distance of two models {'of one architecture' if name == 'within' else 'of different architectures'}, mean and middle 95%")
+    if len(set(family)) > 1: found["family_gap_beyond_shuffled"] = rate_result(*families_apart(distances, family), unit="", how="share of random deals of the architectures over the models in which these differ less: mean distance across less mean distance within")
     for kind, families in shared.items():
         if families and len(set(family)) > 1: found[f"{kind}_of_one_family"] = rate_result(sum(number == 1 for number in families), len(families), unit="", how=f"share of the {kind} of two models or more that are all of one architecture")
     return {f"{prefix}_{name}": result for name, result in found.items()}
 
+# %% ../../nbs/23_addition_circuits.ipynb #ae5f346f
 def heads_within_ways(places: pd.DataFrame, ablation: pd.DataFrame, n: int = 200, seed: int = 0) -> dict[str, Result]:
     "Of the ways that two models or more go, the share in which these need different numbers of heads (resample ablation costs more than a tenth of the digits at some place), and what it would be if heads had nothing to do with ways; nothing where no way is shared."
     heads = ablation[(ablation.carry == "all") & (ablation.method == "resample") & ~ablation.part.str.startswith("MLP")]
