@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'ADDITION', 'Asks', 'Subject', 'shipped_subjects', 'untrained_twin',
-           'untrained_subjects', 'public_subjects', 'bos_token', 'with_bos', 'token_options', 'subject_tokens',
-           'shown_tokens', 'passages', 'moments', 'some_steps', 'shipped_runs', 'moments_missing', 'lasting_from',
-           'over_seeds', 'key', 'in_parallel', 'gathered', 'kept', 'brief', 'corpus_missing', 'babyllama_missing',
-           'subject_files']
+__all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'ADDITION', 'Asks', 'Passes', 'Subject', 'shipped_subjects',
+           'untrained_twin', 'untrained_subjects', 'public_subjects', 'bos_token', 'with_bos', 'token_options',
+           'subject_tokens', 'shown_tokens', 'passages', 'moments', 'some_steps', 'shipped_runs', 'moments_missing',
+           'lasting_from', 'over_seeds', 'key', 'kept', 'brief', 'in_parallel', 'gathered', 'as_predicted',
+           'corpus_missing', 'babyllama_missing', 'subject_files']
 
 # %% ../nbs/13_subjects.ipynb #db6b4ee3
 @dataclass(frozen=True)
@@ -152,6 +152,15 @@ def key(family: str, name: str) -> str:
     "The name of a family's number in the summary."
     return f"{family}_{name}".replace("-", "_").replace(".", "_")
 
+def kept(results: dict[str, Result | None]) -> dict[str, Result]:
+    "The results that there are."
+    return {name: result for name, result in results.items() if result is not None}
+
+def brief(result: Result) -> str:
+    "Value, interval and n in brackets."
+    return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
+
+# %% ../nbs/13_subjects.ipynb #d1df3246
 Asks = Callable[[Subject], tuple[dict[str, "pd.DataFrame"], dict[str, float]]]                 # of one model: tables, and numbers by name
 
 def in_parallel(asks: Callable[[Any], Any], items: Sequence[Any], unit: str = "model") -> list[Any]:
@@ -165,8 +174,8 @@ def in_parallel(asks: Callable[[Any], Any], items: Sequence[Any], unit: str = "m
     if workers < 2 or asks.__module__ == "__main__": return list(bar(map(asks, items)))
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool: return list(bar(pool.map(asks, items)))
 
-def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[str, str, tuple[float, float] | None]], group: Callable[[Subject], str] = lambda subject: "") -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "The tables of all models, one of the numbers of each (named after `asks`), and one number for each family, `group` (a prefix) and name, over the seeds that have it; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
+def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[str, str, tuple[float, float] | None]], group: Callable[[int], str] = lambda seed: "") -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The tables of all models, one of the numbers of each (named after `asks`), and one number for each family, `group` (of a seed, a prefix) and name, over the seeds that have it; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
     import numpy as np, pandas as pd
     tables, found, single = {}, {}, []
     for subject, (frames, numbers) in zip(subjects, in_parallel(asks, subjects)):
@@ -175,7 +184,7 @@ def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[s
             tables.setdefault(name, []).append(frame)
         for name, value in numbers.items():
             if not np.isfinite(value): continue
-            found.setdefault((subject.family, group(subject), name), []).append(float(value))
+            found.setdefault((subject.family, group(subject.seed), name), []).append(float(value))
             single.append({"model": subject.family, "seed": subject.seed, "name": name, "value": float(value)})
     def one(name: str, values: Sequence[float]) -> Result | None:
         "One number from one for each seed."
@@ -186,13 +195,17 @@ def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[s
     tables[f"{asks.__name__.removesuffix('_of')}_seeds"] = [pd.DataFrame(single)]
     return results, {name: pd.concat(frames, ignore_index=True).round(4) for name, frames in tables.items()}
 
-def kept(results: dict[str, Result | None]) -> dict[str, Result]:
-    "The results that there are."
-    return {name: result for name, result in results.items() if result is not None}
+# %% ../nbs/13_subjects.ipynb #40db33cd
+Passes = Callable[["pd.DataFrame"], "pd.Series"]                                               # of a table, model by number: for each whether it is as predicted
 
-def brief(result: Result) -> str:
-    "Value, interval and n in brackets."
-    return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
+def as_predicted(numbers: pd.DataFrame, predicted: Mapping[str, tuple[str, Passes]], group: Callable[[int], str] = lambda seed: "") -> dict[str, Result]:
+    "For each prediction (by name: what it says, and whether it holds), family and `group` of seeds, the share of models that are as predicted, from rows of (model, seed, name, value) as `gathered` stores them; a model without one of the numbers is left out."
+    of = numbers.pivot(index=["model", "seed"], columns="name", values="value").astype("Float64")
+    found = {}
+    for (family, prefix), some in of.groupby([of.index.get_level_values("model"), of.index.get_level_values("seed").map(group)], sort=False):
+        for name, (text, passes) in predicted.items():
+            if len(held := passes(some).dropna()): found[key(family, f"{prefix}predicted_{name}")] = rate_result(int(held.sum()), len(held), unit="", how=f"share of seeds in which, as predicted, {text}", seeds=len(held))
+    return found
 
 # %% ../nbs/13_subjects.ipynb #3e57446a
 def corpus_missing() -> str | None:

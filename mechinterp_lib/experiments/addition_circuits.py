@@ -22,7 +22,7 @@ from ..interventions import Edit, Replay, capture, hook_name, norm_gain
 from ..logit_lens import stream_contributions
 from ..models import head_label, load_model
 from ..statistics import benjamini_hochberg, permutation_test, rate_result, wilson_interval
-from ..subjects import ADDITION, Asks, Subject, brief, gathered, key, lasting_from, shipped_subjects, untrained_twin
+from ..subjects import ADDITION, Asks, Subject, Passes, as_predicted, brief, gathered, lasting_from, shipped_subjects, untrained_twin
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -35,10 +35,10 @@ PROBLEMS, FLIP_PAIRS, LEARNED = 300, 200, 2000                                  
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED', 'DIGITS', 'CARRY_OUTCOMES', 'VARIABLES', 'Cell',
-           'Exchange', 'CIRCUITS', 'SEEDS', 'DESIGN', 'PARTS', 'CIRCUIT_NUMBERS', 'Passes', 'PREDICTED', 'STAGES',
-           'attention_to', 'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm',
-           'operand_digits', 'expected_digits', 'layer_cells', 'place_name', 'cell_name', 'cell_values', 'cell_edits',
-           'both_runs', 'interchanged', 'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by',
+           'Exchange', 'CIRCUITS', 'SEEDS', 'DESIGN', 'PARTS', 'CIRCUIT_NUMBERS', 'PREDICTED', 'STAGES', 'attention_to',
+           'probe_accuracy', 'moved_digits', 'between_means', 'carry_moves', 'addition_algorithm', 'operand_digits',
+           'expected_digits', 'layer_cells', 'place_name', 'cell_name', 'cell_values', 'cell_edits', 'both_runs',
+           'interchanged', 'place_flips', 'attention_parts', 'cell_effects', 'effect_parts', 'taken_by',
            'part_exchanges', 'exchange_sets', 'with_others', 'algorithm_rows', 'explained', 'side_by_side',
            'activation_rows', 'move_flips', 'carry_moves_of_parts', 'carry_exchanges', 'digit_task', 'circuit_row',
            'wave_shares', 'line_share', 'two_best', 'shuffled_waves', 'digit_embeddings', 'without_patterns',
@@ -49,7 +49,7 @@ __all__ = ['EXPERIMENT', 'TRAINED', 'FRESH', 'PROBLEMS', 'FLIP_PAIRS', 'LEARNED'
            'ways_of', 'resampled_ways', 'families_apart', 'mixed_silhouettes', 'middle', 'ways_results',
            'heads_within_ways', 'ways_stage', 'carry_of', 'carry_stage', 'algorithm_of', 'algorithm_stage',
            'wordings_of', 'wording_key', 'wordings_stage', 'circuits_of', 'circuits_stage', 'waves_of', 'waves_stage',
-           'beyond', 'beyond_of', 'beyond_stage', 'as_predicted', 'predictions_stage', 'analyse', 'findings']
+           'beyond', 'beyond_of', 'beyond_stage', 'predictions_stage', 'analyse', 'findings']
 
 # %% ../../nbs/23_addition_circuits.ipynb #420e9ec0
 DIGITS = ("a_tens", "a_units", "b_tens", "b_units")
@@ -472,9 +472,13 @@ def early_name(subject: Subject) -> str:
     return f"{subject.family}/seed{subject.seed}-early"
 
 # %% ../../nbs/23_addition_circuits.ipynb #6aad9b9e
+def _group(seed: int) -> str:
+    "What the names of a seed's numbers begin with."
+    return "" if seed in DESIGN else "kept_"
+
 def over_models(asks: Asks, what: Mapping[str, tuple[str, str, tuple[float, float] | None]]) -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "`gathered` for the models that add: numbers of seeds 0 to 4 and, by themselves (`kept`), of seeds 5 to 9."
-    return gathered(asks, [subject for subject in shipped_subjects(ADDITION) if subject.seed in SEEDS], what, lambda subject: "" if subject.seed in DESIGN else "kept_")
+    return gathered(asks, [subject for subject in shipped_subjects(ADDITION) if subject.seed in SEEDS], what, _group)
 
 # %% ../../nbs/23_addition_circuits.ipynb #5debd74f
 def course_of(subject: Subject) -> pd.DataFrame:
@@ -944,7 +948,6 @@ def beyond_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     return over_models(beyond_of, {f"right_{name}": (f"share of the problems answered right that no model was trained on: {name.replace('_', ' ')}", "", (0, 1)) for name in ("three_digits", "subtraction", "increment", "one_digit", "reversed")})
 
 # %% ../../nbs/23_addition_circuits.ipynb #5592b058
-Passes = Callable[["pd.DataFrame"], "pd.Series"]                                               # of a table, model by number: for each whether it is as predicted
 PREDICTED: dict[str, tuple[str, Passes]] = {
     "1_trained": ("at least 999 of a thousand confirmation sums are right in each trained wording", lambda of: of.all_right > 0),
     "1_other": ("less than nine in ten are right in the wording that was not trained", lambda of: of.accuracy_add < 0.9),
@@ -986,21 +989,10 @@ PREDICTED |= {
     "19_bare": ("it does less than 0.8 of the tens in the bare form", lambda of: of.circuit_bare_tens < 0.8),
 }
 
-def as_predicted(numbers: pd.DataFrame, predicted: Mapping[str, tuple[str, Passes]]) -> dict[str, Result]:
-    "For each prediction, family and group of seeds, the share of models that are as predicted, from rows of (model, seed, name, value); a model without one of the numbers is left out."
-    of = numbers.pivot(index=["model", "seed"], columns="name", values="value").astype("Float64")
-    kept_seed = ~of.index.get_level_values("seed").isin(DESIGN)
-    found = {}
-    for family, (group, those) in itertools.product(dict.fromkeys(of.index.get_level_values("model")), (("", ~kept_seed), ("kept_", kept_seed))):
-        some = of[those & (of.index.get_level_values("model") == family)]
-        for name, (text, passes) in predicted.items():
-            if len(held := passes(some).dropna()): found[key(family, f"{group}predicted_{name}")] = rate_result(int(held.sum()), len(held), unit="", how=f"share of seeds in which, as predicted, {text}", seeds=len(held))
-    return found
-
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How many models are as predicted, from the stored numbers of each."
     import pandas as pd
-    return as_predicted(pd.concat([load_table(EXPERIMENT, f"{name}_seeds") for name in _MAKE]), PREDICTED), {}
+    return as_predicted(pd.concat([load_table(EXPERIMENT, f"{name}_seeds") for name in _MAKE]), PREDICTED, _group), {}
 
 # %% ../../nbs/23_addition_circuits.ipynb #2d34ba80
 def _files() -> list[Path]:
