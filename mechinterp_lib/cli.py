@@ -115,11 +115,10 @@ def cmd_run(args: argparse.Namespace) -> int:
     experiment = _experiment(args.experiment)
     if args.model: return _run_on(experiment, args)
     for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
-    reasons = {stage: experiment.STAGES[stage].missing() for stage in args.stage or experiment.STAGES}
     for stage in args.stage or ():
-        if reasons[stage] and not experiment.STAGES[stage].trains: raise InputError("stage", stage, reasons[stage])
-    for stage, reason in reasons.items():
-        if reason and not args.stage: print(f"{stage}: left as it is: {reason}"); continue
+        if (reason := experiment.STAGES[stage].missing()) and not experiment.STAGES[stage].trains: raise InputError("stage", stage, reason)
+    for stage in args.stage or experiment.STAGES:
+        if not args.stage and (reason := experiment.STAGES[stage].missing()): print(f"{stage}: left as it is: {reason}"); continue
         run_stage(args.experiment, stage, experiment.STAGES[stage], write=True)
         print(f"{stage}: written to {results_dir(args.experiment)}")
     return 0

@@ -4,6 +4,7 @@
     {res}`induction_heads.second_copy_loss:.2f`     0.18
     {res}`induction_heads.accuracy:%`               97% [96%, 98%]       (`:.0%` prints the value alone)
     {res}`induction_heads.accuracy:n`               512                  (also `:ci`, `:seeds`, `:unit`)
+    {res}`addition_circuits.learned:of`             4 of 5               (a share as a count)
 
 The interval, n and how the number was made are shown when the reader points at it. A name that does not exist is a warning, so the
 build fails. In the README a number stands between `<!--res NAME-->` and `<!--/res-->`, and `results/FINDINGS.md` (written by `mechinterp
@@ -40,9 +41,10 @@ def _minus(text: str) -> str: return text.replace("-", "\N{MINUS SIGN}")
 
 
 def render(entry: dict, spec: str = "") -> str:
-    "The text of one result: value and interval for no `spec` or `%`, one part of it for `n`, `seeds`, `unit` and `ci`, else the value in that format."
+    "The text of one result: value and interval for no `spec` or `%`, one part of it for `n`, `seeds`, `unit` and `ci`, a share as a count for `of`, else the value in that format."
     if spec in ("n", "seeds"): return f"{entry[spec]:,}"
     if spec == "unit": return entry["unit"]
+    if spec == "of": return f"{round(entry['value'] * entry['n']):,} of {entry['n']:,}"
     if spec not in ("", "%", "ci"): return _minus(format(round(entry["value"]) if spec.endswith("d") else entry["value"], spec))
     scale, sign = (100, "%") if spec == "%" else (1, "")
     value, low, high = (_minus(f"{scale * entry[k]:,.{_digits(entry, scale)}f}{sign}") for k in ("value", "ci_low", "ci_high"))
