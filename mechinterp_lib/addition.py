@@ -57,8 +57,9 @@ def completions(model: TransformerBridge, encoded: EncodedProblems, steps: int) 
     return said
 
 def _best(model: TransformerBridge, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
-    "The most probable token behind each."
+    "The most probable token behind each; an `InputError` where they do not fit into the context."
     import torch
+    if model.cfg.n_ctx and ids.shape[1] > model.cfg.n_ctx: raise InputError("model", f"a context of {model.cfg.n_ctx} tokens", f"a problem and what is said take {ids.shape[1]}")
     with torch.no_grad(): return model(ids.to(model.cfg.device), attention_mask=None if mask.all() else mask.to(model.cfg.device)).argmax(-1).cpu()
 
 def _written_on(model: TransformerBridge, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], steps: int) -> list[str]:

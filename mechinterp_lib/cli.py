@@ -114,6 +114,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     "Make the stages of an experiment and write them to `results/`; or, with --model, ask a model of your own the same (addition_circuits)."
     experiment = _experiment(args.experiment)
     if args.model: return _run_on(experiment, args)
+    if args.out: raise InputError("out", str(args.out), "only together with --model; an experiment's own results are written to results/")
     for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
     for stage in args.stage or ():
         if (reason := experiment.STAGES[stage].missing()) and not experiment.STAGES[stage].trains: raise InputError("stage", stage, reason)
@@ -132,7 +133,7 @@ def _run_on(experiment, args: argparse.Namespace) -> int:
     tables = experiment.analyse(load_model(args.model, device=args.device), out)
     accuracy = tables["accuracy"]
     print(accuracy[accuracy.by == "wording"].drop(columns="by").rename(columns={"group": "wording"}).round(3).to_string(index=False))
-    print(f"written to {out}: {', '.join(tables)}")
+    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     return 0
 
 

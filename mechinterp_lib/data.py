@@ -228,11 +228,14 @@ def addition_problems(a: int | Sequence[int] | None = None, b: int | Sequence[in
 SPLITS = {"train": 5000, "validation": 500, "test": 1000, "confirmation": 1600}
 
 def _checked_problems(problems: pd.DataFrame, *more: str) -> pd.DataFrame:
-    "`problems`, if they have the columns that are needed and at least one row; an `InputError` otherwise."
+    "`problems`, if they have the columns that are needed and at least one row, and each its own answer; an `InputError` otherwise."
     columns = list(getattr(problems, "columns", ()))
     for name in ("operation", "a", "b", "answer", "carry", *more):
         if name not in columns: raise InputError("problems", columns or type(problems).__name__, f"the column {name} is missing; addition_problems and split_problems make it")
     if not len(problems): raise InputError("problems", "no rows", "at least one problem is needed")
+    operands, sign = problems[["a", "b"]], problems["operation"].ne("subtract") * 2 - 1
+    wrong = problems[(operands.min(axis=1) < 0) | (operands.max(axis=1) > 999) | (problems["answer"] != problems["a"] + sign * problems["b"])]
+    if len(wrong): raise InputError("problems", wrong.iloc[0][["operation", "a", "b", "answer"]].to_dict(), "allowed: operands from 0 to 999, and the answer that the operation gives")
     return problems
 
 def _split_sizes(sizes: Mapping[str, int], n: int) -> dict[str, int]:
