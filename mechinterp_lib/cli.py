@@ -116,10 +116,10 @@ def cmd_run(args: argparse.Namespace) -> int:
     if args.model: return _run_on(experiment, args)
     if args.out: raise InputError("out", str(args.out), "only together with --model; an experiment's own results are written to results/")
     for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
-    for stage in args.stage or ():
-        if (reason := experiment.STAGES[stage].missing()) and not experiment.STAGES[stage].trains: raise InputError("stage", stage, reason)
-    for stage in args.stage or experiment.STAGES:
-        if not args.stage and (reason := experiment.STAGES[stage].missing()): print(f"{stage}: left as it is: {reason}"); continue
+    for stage in args.stage or experiment.STAGES:                                               # a stage may read what one before it writes
+        reason = experiment.STAGES[stage].missing()
+        if reason and args.stage and not experiment.STAGES[stage].trains: raise InputError("stage", stage, reason)
+        if reason and not args.stage: print(f"{stage}: left as it is: {reason}"); continue
         run_stage(args.experiment, stage, experiment.STAGES[stage], write=True)
         print(f"{stage}: written to {results_dir(args.experiment)}")
     return 0
@@ -133,7 +133,7 @@ def _run_on(experiment, args: argparse.Namespace) -> int:
     tables = experiment.analyse(load_model(args.model, device=args.device), out)
     accuracy = tables["accuracy"]
     print(accuracy[accuracy.by == "wording"].drop(columns="by").rename(columns={"group": "wording"}).round(3).to_string(index=False))
-    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"written to {out}: {', '.join(tables)}, and the activations")
     return 0
 
 

@@ -233,6 +233,8 @@ def _checked_problems(problems: pd.DataFrame, *more: str) -> pd.DataFrame:
     for name in ("operation", "a", "b", "answer", "carry", *more):
         if name not in columns: raise InputError("problems", columns or type(problems).__name__, f"the column {name} is missing; addition_problems and split_problems make it")
     if not len(problems): raise InputError("problems", "no rows", "at least one problem is needed")
+    for name in ("a", "b", "answer"):
+        if problems[name].dtype.kind not in "iu": raise InputError(f"problems[{name!r}]", str(problems[name].dtype), "allowed: whole numbers")
     operands, sign = problems[["a", "b"]], problems["operation"].ne("subtract") * 2 - 1
     wrong = problems[(operands.min(axis=1) < 0) | (operands.max(axis=1) > 999) | (problems["answer"] != problems["a"] + sign * problems["b"])]
     if len(wrong): raise InputError("problems", wrong.iloc[0][["operation", "a", "b", "answer"]].to_dict(), "allowed: operands from 0 to 999, and the answer that the operation gives")

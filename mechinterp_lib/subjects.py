@@ -199,7 +199,7 @@ def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[s
 Passes = Callable[["pd.DataFrame"], "pd.Series"]                                               # of a table, model by number: for each whether it is as predicted
 
 def as_predicted(numbers: pd.DataFrame, predicted: Mapping[str, tuple[str, Passes]], group: Callable[[int], str] = lambda seed: "") -> dict[str, Result]:
-    "For each prediction (by name: what it says, and whether it holds), family and `group` of seeds, the share of models that are as predicted, from rows of (model, seed, name, value) as `gathered` stores them; a model without one of the numbers is left out."
+    "For each prediction (by name: what it says, and whether it holds), family and `group` of seeds, the share of models that are as predicted, from rows of (model, seed, name, value) as `gathered` stores them. A model of which this cannot be said, for want of a number, is left out; so predictions must not skip missing numbers (`skipna=False`)."
     of = numbers.pivot(index=["model", "seed"], columns="name", values="value").astype("Float64")
     found = {}
     for (family, prefix), some in of.groupby([of.index.get_level_values("model"), of.index.get_level_values("seed").map(group)], sort=False):

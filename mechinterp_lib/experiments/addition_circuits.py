@@ -971,13 +971,13 @@ PREDICTED: dict[str, tuple[str, Passes]] = {
     "12_half": ("without the two strongest frequencies fewer than half of the units are right", lambda of: of.two_best_matter > 0),
     "12_random": ("fewer than without any of twenty random patterns", lambda of: of.two_best_above_random > 0),
     "12_input": ("two frequencies hold more of the input of MLP 0 than in 0.95 of shuffled orders", lambda of: of.mlp_0_a_beyond_shuffled > 0),
-    "13_beyond": ("sums of three digits, subtractions and reversed digits are right in less than a tenth, increments in less than half", lambda of: (of[["right_three_digits", "right_subtraction", "right_reversed"]].max(axis=1) < 0.1) & (of.right_increment < 0.5)),
+    "13_beyond": ("sums of three digits, subtractions and reversed digits are right in less than a tenth, increments in less than half", lambda of: (of[["right_three_digits", "right_subtraction", "right_reversed"]].max(axis=1, skipna=False) < 0.1) & (of.right_increment < 0.5)),
 }
 
 # %% ../../nbs/23_addition_circuits.ipynb #696d3e22
 PREDICTED |= {
     **{f"15_{part}_{place}": (f"{part}, {place}: 0.9 as the function says in each other trained wording", lambda of, at=f"worded_{part}_{place}_in_all": of[at] > 0) for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))},
-    "15_control": ("all but these parts exchanged: less than 0.2, in each wording", lambda of: of[[f"worded_all_but_{part}_{place}_in_all" for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))]].min(axis=1) > 0),
+    "15_control": ("all but these parts exchanged: less than 0.2, in each wording", lambda of: of[[f"worded_all_but_{part}_{place}_in_all" for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))]].min(axis=1, skipna=False) > 0),
     "16_switch": ("a switch tells 0.85 of the variance along the direction of the carry", lambda of: of.along_carry_switch_2 >= 0.85),
     "16_sum": ("the sum of the units tells at least 0.1 more than a switch", lambda of: of.along_carry_sum_2 - of.along_carry_switch_2 >= 0.1),
     "16_shuffled": ("moves between the means by shuffled sums flip less than 0.05 of the pairs", lambda of: of.exchanged_shuffled_2 < 0.05),
@@ -1039,7 +1039,7 @@ def findings(results: dict[str, Result]) -> list[str]:
          "addition_gpt2_kept_accuracy_question", "addition_qwen_kept_accuracy_question", "addition_gpt2_kept_accuracy_add", "addition_qwen_kept_accuracy_add"),
         ("One short function says what they say: with the outputs of layer 0 that bring the digits of one place told about another problem, the tens of two digits are what it says in {} and {} of the problems, with those that bring the place below in {} and {}.",
          "addition_gpt2_kept_effect_same_tens_2", "addition_qwen_kept_effect_same_tens_2", "addition_gpt2_kept_effect_below_tens_2", "addition_qwen_kept_effect_below_tens_2"),
-        ("Where it is computed differs from seed to seed: {} ways among these models, {} among all; of the groups of two or more that all fall into, {} are of one architecture alone.", "kept_ways", "all_ways", "all_groups_of_one_family"),
+        ("Where it is computed differs from seed to seed: {} ways among these models, {} among all; of the groups of two or more that all fall into, a share of {} is of one architecture alone.", "kept_ways", "all_ways", "all_groups_of_one_family"),
         ("Along the direction of the carry, a switch with two positions tells {} of the variance in GPT-2 blocks, {} in Qwen3 blocks, where it is the sum of the units that lies there, {}.",
          "addition_gpt2_kept_along_carry_switch_2", "addition_qwen_kept_along_carry_switch_2", "addition_qwen_kept_along_carry_sum_2"),
         ("Two frequencies of the digits' embeddings are enough for {} and {} of the units, and without them {} and {} are right; without as many principal components {} and {}.",
