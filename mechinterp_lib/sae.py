@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib, hashlib, html, io, itertools, json, math, shutil, tempfile, warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -46,8 +47,14 @@ def corpus_rows(model: TransformerBridge, data: str | Int[Tensor, "row pos"] | S
 def _some_rows(n: int, first: int, count: int, seed: int) -> Int[Tensor, "row"]:
     "The row numbers `first` to `first + count` of an endless order in which all `n` rows come in a new random order again and again."
     import torch
-    orders = [torch.randperm(n, generator=generator("rows", seed, epoch)) for epoch in range(first // n, (first + count - 1) // n + 1)]
+    orders = [_order(n, epoch, seed) for epoch in range(first // n, (first + count - 1) // n + 1)]
     return torch.cat(orders)[first % n:first % n + count]
+
+@lru_cache(maxsize=2)
+def _order(n: int, epoch: int, seed: int) -> Int[Tensor, "row"]:
+    "The random order of one epoch, kept for the batches that it is dealt out to: `8 * n` bytes."
+    import torch
+    return torch.randperm(n, generator=generator("rows", seed, epoch))
 
 def activations_at(model: TransformerBridge, hook_name: str, tokens: Int[Tensor, "row pos"], skip: int = 0) -> Float[Tensor, "some width"]:
     "What a hook sees, `[row * pos, width]`, heads side by side, without the first `skip` positions of each row; the model runs no further than the hook. `InputError` for a hook without positions, and activations without a number."
@@ -259,17 +266,23 @@ def _check_same(state: Path, ours: Mapping[str, Any]) -> None:
 def train_sae(model: TransformerBridge, hook_name: str, data: str | Int[Tensor, "row pos"] | Sequence[str | Int[Tensor, "pos"]], architecture: str = "topk", d_sae: int | None = None, k: float = 32, *, batch_size: int = 4096, length: int | None = None, skip: int = 0, block: int = 256,
               seed: int = 0, stored: Float[Tensor, "some width"] | None = None, **options) -> SAE:
     """An autoencoder of what a hook of any opened model sees, such as `blocks.3.hook_resid_post`, over a corpus: a text, texts, or token ids `[row, pos]`. Activations are made as they are needed (see `activation_batches` for `block` and memory; `length` cuts texts into rows, `skip` leaves out the first positions of each), so that the corpus may be larger than memory
-    holds of activations; or they are `stored`, `[row * pos, width]`, made before by `activations_at` for several trainings on one hook. `batch_size` is in activations; all other options are those of `fit_sae`. `InputError` for a hook that there is not, too few tokens for one batch, activations without a number, and what `fit_sae` refuses."""
+    holds of activations; or they are `stored`, `[row * pos, width]`, made before by `activations_at` for several trainings on one hook. `batch_size` is in activations; all other options are those of `fit_sae`. `InputError` for a hook that there is not, too few tokens for one batch, activations without a number, `stored` ones that are not what the hook sees, and what `fit_sae` refuses."""
     check_model(model), check_names(model, "hook_name", [hook_name])
     rows = corpus_rows(model, data, length)
     skip, batch_size, block = (int(check_range(name, value, least, most)) for name, value, least, most in (("skip", skip, 0, rows.shape[1]), ("batch_size", batch_size, 1, 2**31), ("block", block, 1, 2**31)))
     if len(rows) * (rows.shape[1] - skip) < batch_size: raise InputError("data", f"{len(rows) * (rows.shape[1] - skip)} activations", f"too few tokens: a batch has {batch_size}")
-    if stored is not None and len(stored) != len(rows) * (rows.shape[1] - skip): raise InputError("stored", f"{len(stored)} activations", f"the data has {len(rows) * (rows.shape[1] - skip)}")
-    metadata = {"model_name": getattr(model.cfg, "model_name", None) or "model", "hook_name": hook_name, "weights": weights_key(model), "skip": skip, "context_size": rows.shape[1], "prepend_bos": False, "block": block,
+    if stored is not None: _check_stored(stored, activations_at(model, hook_name, rows[:1], skip), len(rows))
+    metadata = {"model_name": getattr(model.cfg, "model_name", None) or "model", "hook_name": hook_name, "weights": weights_key(model), "skip": skip, "context_size": rows.shape[1], "prepend_bos": False, "block": block if stored is None else "all",
                 "data": hashlib.sha256(rows[::max(1, len(rows) // 64)].cpu().numpy().tobytes()).hexdigest()[:16] + f" {len(rows)} rows"}
     options.setdefault("device", str(model.cfg.device))
     batches = (lambda start: activation_batches(model, hook_name, rows, batch_size, start=start, seed=seed, skip=skip, block=block)) if stored is None else stored_batches(stored, batch_size, seed)
     return fit_sae(batches, architecture, d_sae, k, seed=seed, metadata=metadata, **options)
+
+def _check_stored(stored: Float[Tensor, "some width"], first: Float[Tensor, "pos width"], n: int) -> None:
+    "An `InputError` where activations are not as many and as wide as those of `n` rows, or begin otherwise than the first row's, as far as 16 bits can tell."
+    shape = (n * len(first), first.shape[1])
+    if tuple(stored.shape) != shape: raise InputError("stored", tuple(stored.shape), f"the hook sees {shape} in this data")
+    if not stored[:len(first)].to(first).isclose(first, rtol=0.02, atol=0.02 * float(first.abs().mean())).all(): raise InputError("stored", "other activations", "they begin otherwise than what the hook sees in the first row of the data")
 
 # %% ../nbs/12_sae.ipynb #422eab26
 @dataclass(frozen=True)

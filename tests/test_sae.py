@@ -9,7 +9,7 @@ import torch
 from mechinterp_lib.core import InputError
 from mechinterp_lib.interventions import capture
 from mechinterp_lib.models import as_bridge, load_model, new_model, written_by
-from mechinterp_lib.sae import (ARCHITECTURES, ablate_feature, activation_batches, check_sae, corpus_rows, encoded, evaluate_sae, feature_dashboard, fit_sae, load_sae, match_directions, nearest_directions, save_sae, steer_with_feature, train_sae)
+from mechinterp_lib.sae import (ARCHITECTURES, ablate_feature, activation_batches, activations_at, check_sae, corpus_rows, encoded, evaluate_sae, feature_dashboard, fit_sae, load_sae, match_directions, nearest_directions, save_sae, steer_with_feature, train_sae)
 
 sae_lens = pytest.importorskip("sae_lens")
 HOOK, Z = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
@@ -68,6 +68,15 @@ def test_measures_are_those_of_sae_lens():
     assert found.features.density.to_numpy() == pytest.approx(np.array(features["feature_density"]), abs=1e-6)
     bias = [get_sparsity_and_variance_metrics(sae, model, SimpleNamespace(get_batch_tokens=lambda size: rows), n_batches=1, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True, compute_featurewise_density_statistics=True, eval_batch_size_prompts=24, model_kwargs={}, activation_scaler=ActivationScaler())[0]["relative_reconstruction_bias"]]
     assert found.results["shrinkage"].value == pytest.approx(bias[0], rel=1e-4)
+
+
+def test_stored_activations_serve_as_well(model, rows, sae):
+    values = activations_at(model, HOOK, rows).bfloat16()
+    stored = train_sae(model, HOOK, rows, stored=values, **SMALL)
+    ours, theirs = (evaluate_sae(one, model, rows).results["explained_variance"].value for one in (stored, sae))
+    assert check_sae(stored, model) == HOOK and ours == pytest.approx(theirs, abs=0.1) and ours > 0.2
+    for wrong in (values[:-1], values[:, :-1], activations_at(model, "blocks.0.hook_resid_post", rows)):
+        with pytest.raises(InputError, match="stored"): train_sae(model, HOOK, rows, stored=wrong, **SMALL)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
