@@ -96,7 +96,7 @@ def test_written_findings_are_current():
     assert findings() == written.read_text(encoding="utf-8"), "run mechinterp report"
 
 
-def test_a_share_is_told_as_a_count(): assert book_results.render({"value": 0.8, "ci_low": 0.4, "ci_high": 1.0, "n": 5}, "of") == "4 of 5"
+def test_a_share_is_told_as_a_count(): assert book_results.render({"value": 0.8, "ci_low": 0.4, "ci_high": 1.0, "n": 5}, "of") == "4\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}5"
 
 
 def test_readme_numbers_are_current():

@@ -44,7 +44,7 @@ def render(entry: dict, spec: str = "") -> str:
     "The text of one result: value and interval for no `spec` or `%`, one part of it for `n`, `seeds`, `unit` and `ci`, a share as a count for `of`, else the value in that format."
     if spec in ("n", "seeds"): return f"{entry[spec]:,}"
     if spec == "unit": return entry["unit"]
-    if spec == "of": return f"{round(entry['value'] * entry['n']):,} of {entry['n']:,}"
+    if spec == "of": return f"{round(entry['value'] * entry['n']):,} of {entry['n']:,}".replace(" ", "\N{NO-BREAK SPACE}")
     if spec not in ("", "%", "ci"): return _minus(format(round(entry["value"]) if spec.endswith("d") else entry["value"], spec))
     scale, sign = (100, "%") if spec == "%" else (1, "")
     value, low, high = (_minus(f"{scale * entry[k]:,.{_digits(entry, scale)}f}{sign}") for k in ("value", "ci_low", "ci_high"))
