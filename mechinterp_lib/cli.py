@@ -13,7 +13,7 @@ from typing import NoReturn
 from .core import (PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir,
                                  run_stage, write_text)
 
-EXPERIMENTS = ("induction_heads", "head_taxonomy", "prediction_formation", "addition_circuits")
+EXPERIMENTS = ("induction_heads", "head_taxonomy", "prediction_formation", "addition_circuits", "sae_features")
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'cmd_run',
