@@ -5,7 +5,7 @@
 # %% ../../nbs/24_sae_features.ipynb #ecdfb2b5
 from __future__ import annotations
 
-import itertools
+import itertools, tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Mapping, Sequence
 import numpy as np
 
 from ..addition import Asked, ask, at_place, activations_of, carries, problems_of, unit_sums
-from ..core import Result, Stage, home, load_table, results_dir
+from ..core import Result, Stage, cache_dir, home, load_table, results_dir
 from ..interventions import hook_name
-from ..sae import ablate_feature, activations_at, encoded, fit_sae, match_directions, planted_batches, planted_codes, planted_dictionary, train_sae
-from ..subjects import ADDITION, Passes, Subject, as_predicted, gathered, in_parallel, kept, over_seeds, shipped_subjects, untrained_twin
+from ..sae import ablate_feature, activations_at, corpus_rows, encoded, evaluate_sae, fit_sae, load_sae, match_directions, planted_batches, planted_codes, planted_dictionary, train_sae
+from ..statistics import mean_result, rate_result
+from ..subjects import ADDITION, Passes, Subject, as_predicted, gathered, in_parallel, kept, over_seeds, shipped_subjects, subject_tokens, untrained_twin
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 EXPERIMENT = "sae_features"
 
 # %% auto #0
-__all__ = ['EXPERIMENT', 'FOUND', 'CASES', 'SIZE', 'ACTIVE', 'PROBLEMS', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS',
-           'PREDICTED', 'STAGES', 'Planted', 'recovered', 'planted_row', 'concepts', 'best_cuts', 'f1_of', 'Detectors',
-           'detectors', 'sums_sae', 'probe_scores', 'scores_of', 'detection_rows', 'as_frequent', 'carry_without',
-           'sums_of_model', 'planted_stage', 'sums_stage', 'predictions_stage']
+__all__ = ['EXPERIMENT', 'FOUND', 'CASES', 'SIZE', 'ACTIVE', 'PROBLEMS', 'LAYERS', 'WIDTHS', 'SPARSITIES', 'SHIPPED',
+           'DICTIONARIES', 'ROWS', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'STAGES',
+           'Planted', 'recovered', 'planted_row', 'concepts', 'best_cuts', 'f1_of', 'Detectors', 'detectors',
+           'sums_sae', 'probe_scores', 'scores_of', 'detection_rows', 'as_frequent', 'carry_without', 'sums_of_model',
+           'Dictionary', 'reader', 'text_rows', 'store_activations', 'trained_on', 'make_dictionaries', 'some_rows',
+           'quality_of', 'seed_agreement', 'planted_stage', 'sums_stage', 'predictions_stage']
 
 # %% ../../nbs/24_sae_features.ipynb #9e4f09a9
 @dataclass(frozen=True)
@@ -201,6 +204,91 @@ def sums_of_model(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, 
         best, others = table[table.best].iloc[0], table[~table.best]
         numbers |= {f"{name}_{layer}": best[name] for name in ("dropped", "broken", "spilled")} | {f"others_{name}_{layer}": others[name].mean() for name in ("dropped", "broken", "spilled")} | {f"most_others_dropped_{layer}": others.dropped.max()}
     return {name: pd.concat(frames, ignore_index=True) for name, frames in tables.items()}, numbers
+
+# %% ../../nbs/24_sae_features.ipynb #a2ce2ac7
+LAYERS, WIDTHS, SPARSITIES = (2, 4), (768, 1536), (32, 16, 8)
+
+@dataclass(frozen=True)
+class Dictionary:
+    "An autoencoder of the residual stream of `shakespeare` after a layer, or of the same model before training: how many features are active, how many there are, and its seed."
+    layer: int
+    k: int = 32
+    d_sae: int = 768
+    seed: int = 0
+    trained: bool = True
+
+    @property
+    def folder(self) -> Path:
+        "Where it is kept: with the shipped models, or in the cache."
+        family, place = "sae-shakespeare" + "-untrained" * (not self.trained), f"layer{self.layer}/seed{self.seed}"
+        if (self.k, self.d_sae) == (32, 768) and (self.trained or self.seed == 0): return home() / "models" / family / place
+        return cache_dir() / family / f"{self.k}-of-{self.d_sae}" / place
+
+    @property
+    def name(self) -> str: return f"{'trained' if self.trained else 'untrained'}_{self.layer}_{self.k}_{self.d_sae}"
+
+SHIPPED = [Dictionary(layer, seed=seed, trained=trained) for layer in LAYERS for trained, seed in ((True, 0), (True, 1), (True, 2), (False, 0))]
+DICTIONARIES = SHIPPED + [one for layer, d_sae, k in itertools.product(LAYERS, WIDTHS, SPARSITIES) for trained, seed in ((True, 0), (True, 1), (True, 2), (False, 0), (False, 1), (False, 2))
+                          if (one := Dictionary(layer, k, d_sae, seed, trained)) not in SHIPPED and (trained or seed == 0 or (k, d_sae) == (32, 768))]
+
+def reader(trained: bool = True) -> TransformerBridge:
+    "The model of Shakespeare, or its architecture with fresh weights."
+    subject = shipped_subjects(["shakespeare"])[0]
+    return subject.open() if trained else untrained_twin(subject)
+
+def text_rows(model: TransformerBridge) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "other pos"]]:
+    "The text that the model was trained on, and the text that it has not seen, in rows as long as its context."
+    return tuple(corpus_rows(model, [tokens]) for tokens in subject_tokens(shipped_subjects(["shakespeare"])[0], model))
+
+
+# %% ../../nbs/24_sae_features.ipynb #2470db88
+def store_activations(model: TransformerBridge, hook: str, rows: Int[Tensor, "row pos"], path: Path, chunk: int = 64) -> None:
+    "What a hook sees of a text, written to a file in 16 bits, `[row * pos, width]`, `chunk` rows at a time."
+    with open(path, "wb") as file:
+        for some in rows.split(chunk): file.write(activations_at(model, hook, some).half().numpy().tobytes())
+
+def trained_on(one: Dictionary, path: Path) -> Path:
+    "Train a dictionary on stored activations; where it was killed, it goes on."
+    import torch
+    model = reader(one.trained)
+    rows = text_rows(model)[0]
+    values = torch.from_file(str(path), size=rows.numel() * model.cfg.d_model, dtype=torch.float16).view(-1, model.cfg.d_model)
+    train_sae(model, hook_name(model, "resid_post", one.layer), rows, d_sae=one.d_sae, k=one.k, n_samples=2**20, batch_size=1024, lr=1e-3, seed=one.seed, stored=values, out=one.folder, device="cpu", autocast=False, progress=False)
+    return one.folder
+
+def _trained_on(pair: tuple[Dictionary, Path]) -> Path: return trained_on(*pair)
+
+def make_dictionaries(wanted: Sequence[Dictionary] = DICTIONARIES) -> None:
+    "Train the dictionaries that are not there yet, a layer at a time."
+    for trained, layer in itertools.product((True, False), LAYERS):
+        missing = [one for one in wanted if (one.trained, one.layer) == (trained, layer) and not (one.folder / "cfg.json").exists()]
+        if not missing: continue
+        model = reader(trained)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+            store_activations(model, hook_name(model, "resid_post", layer), text_rows(model)[0], path := Path(folder) / "activations.f16")
+            in_parallel(_trained_on, [(one, path) for one in missing], "autoencoder")
+
+
+# %% ../../nbs/24_sae_features.ipynb #1845afb0
+ROWS = 200                                                                                     # of unseen text, on which dictionaries are measured
+
+def some_rows(n: int, rows: Int[Tensor, "row pos"]) -> Int[Tensor, "n pos"]:
+    "`n` rows, evenly spread over a text."
+    return rows[np.linspace(0, len(rows) - 1, n).round().astype(int)]
+
+def quality_of(one: Dictionary) -> dict[str, Result]:
+    "The measures of a dictionary on unseen text, and how its features are spread: the mean cosine of a direction with the nearest other, the logarithm of how often a feature is active, and the share of features active in a tenth of all places or more."
+    model = reader(one.trained)
+    found = evaluate_sae(load_sae(one.folder, model=model), model, some_rows(ROWS, text_rows(model)[1]))
+    live = found.features[found.features.density > 0]
+    return found.results | {"nearest": mean_result(live.cosine.to_numpy(), unit="", how="cosine of a decoder direction with the nearest other, mean over live features"), "density": mean_result(np.log10(live.density.to_numpy()), unit="log10", how="logarithm to base 10 of the share of places in which a feature is active, mean over live features"), "frequent": rate_result(int((live.density >= 0.1).sum()), len(live), unit="", how="share of the live features that are active in a tenth of all places or more")}
+
+def seed_agreement(folders: Sequence[Path]) -> tuple[list[float], list[float]]:
+    "For each pair of dictionaries the mean cosine of their matched directions, and the share of matches with a cosine of 0.7 or more."
+    directions = [load_sae(folder).W_dec.detach() for folder in folders]
+    matches = [match_directions(*pair)[2] for pair in itertools.combinations(directions, 2)]
+    return [float(cosines.mean()) for cosines in matches], [float((cosines >= 0.7).mean()) for cosines in matches]
+
 
 # %% ../../nbs/24_sae_features.ipynb #fc30354c
 SEEDS = range(3)                                                                               # of planted dictionaries
