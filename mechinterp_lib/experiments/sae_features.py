@@ -5,19 +5,19 @@
 # %% ../../nbs/24_sae_features.ipynb #ecdfb2b5
 from __future__ import annotations
 
-import itertools, tempfile
+import itertools, re, tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ..addition import Asked, ask, at_place, activations_of, carries, problems_of, unit_sums
-from ..core import Result, Stage, cache_dir, home, load_table, results_dir
+from ..core import Result, Stage, cache_dir, generator, home, load_table, results_dir
 from ..interventions import hook_name
-from ..sae import ablate_feature, activations_at, corpus_rows, encoded, evaluate_sae, fit_sae, load_sae, match_directions, planted_batches, planted_codes, planted_dictionary, train_sae
-from ..statistics import mean_result, rate_result
+from ..sae import ablate_feature, activations_at, corpus_rows, encoded, evaluate_sae, feature_splitting, fit_sae, load_sae, match_directions, planted_batches, planted_codes, planted_dictionary, steer_with_feature, train_sae
+from ..statistics import bootstrap_ci, mean_result, rate_result, seeds_result
 from ..subjects import ADDITION, Passes, Subject, as_predicted, gathered, in_parallel, kept, over_seeds, shipped_subjects, subject_tokens, untrained_twin
 
 if TYPE_CHECKING:
@@ -31,11 +31,15 @@ EXPERIMENT = "sae_features"
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'FOUND', 'CASES', 'SIZE', 'ACTIVE', 'PROBLEMS', 'LAYERS', 'WIDTHS', 'SPARSITIES', 'SHIPPED',
-           'DICTIONARIES', 'ROWS', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'STAGES',
+           'DICTIONARIES', 'ROWS', 'QUALITY', 'Kind', 'FITS', 'LEAST', 'CUTS', 'SETS', 'BY_HAND', 'NOT_DESCRIBED',
+           'CAPITALS', 'MARKS', 'FORETOLD', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'STAGES',
            'Planted', 'recovered', 'planted_row', 'concepts', 'best_cuts', 'f1_of', 'Detectors', 'detectors',
            'sums_sae', 'probe_scores', 'scores_of', 'detection_rows', 'as_frequent', 'carry_without', 'sums_of_model',
            'Dictionary', 'reader', 'text_rows', 'store_activations', 'trained_on', 'make_dictionaries', 'some_rows',
-           'quality_of', 'seed_agreement', 'planted_stage', 'sums_stage', 'predictions_stage']
+           'quality_of', 'seed_agreement', 'quality_stage', 'word_kinds', 'line_kinds', 'letter_kinds', 'Descriptions',
+           'descriptions', 'halves', 'fitted', 'features_on', 'random_features', 'described_set', 'described_stage',
+           'ending_places', 'by_hand_stage', 'share_of', 'written', 'nearest_in_size', 'causes_of', 'causes_stage',
+           'planted_stage', 'sums_stage', 'predictions_stage']
 
 # %% ../../nbs/24_sae_features.ipynb #9e4f09a9
 @dataclass(frozen=True)
@@ -283,11 +287,314 @@ def quality_of(one: Dictionary) -> dict[str, Result]:
     live = found.features[found.features.density > 0]
     return found.results | {"nearest": mean_result(live.cosine.to_numpy(), unit="", how="cosine of a decoder direction with the nearest other, mean over live features"), "density": mean_result(np.log10(live.density.to_numpy()), unit="log10", how="logarithm to base 10 of the share of places in which a feature is active, mean over live features"), "frequent": rate_result(int((live.density >= 0.1).sum()), len(live), unit="", how="share of the live features that are active in a tenth of all places or more")}
 
-def seed_agreement(folders: Sequence[Path]) -> tuple[list[float], list[float]]:
+def seed_agreement(directions: Sequence[Float[Tensor, "feature width"]]) -> tuple[list[float], list[float]]:
     "For each pair of dictionaries the mean cosine of their matched directions, and the share of matches with a cosine of 0.7 or more."
-    directions = [load_sae(folder).W_dec.detach() for folder in folders]
     matches = [match_directions(*pair)[2] for pair in itertools.combinations(directions, 2)]
     return [float(cosines.mean()) for cosines in matches], [float((cosines >= 0.7).mean()) for cosines in matches]
+
+
+# %% ../../nbs/24_sae_features.ipynb #b0c27b67
+QUALITY = ("explained_variance", "ce_recovered_mean", "ce_recovered_zero", "kl_sae", "kl_mean", "l0", "dead", "norm_ratio", "shrinkage", "nearest", "density", "frequent")
+
+def quality_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The measures of all dictionaries, those that are not there trained first; how far seeds agree, beside random directions; and how many features of the narrow dictionaries are split in the wide ones."
+    import pandas as pd
+    make_dictionaries()
+    found = dict(zip(DICTIONARIES, in_parallel(quality_of, DICTIONARIES, "dictionary")))
+    results, rows = {}, [{"layer": one.layer, "k": one.k, "d_sae": one.d_sae, "trained": one.trained, "seed": one.seed, **{name: of[name].value for name in QUALITY if name in of}} for one, of in found.items()]
+    for name, some in itertools.groupby(sorted(found, key=lambda one: (one.name, one.seed)), key=lambda one: one.name):
+        some = list(some)
+        for measure in QUALITY:
+            values = [found[one][measure] for one in some if measure in found[one]]
+            if len(values) > 1: results[f"{name}_{measure}"] = seeds_result([value.value for value in values], unit=values[0].unit, how=f"{values[0].how.split(';')[0]}; {ROWS} rows of unseen text")
+            elif values: results[f"{name}_{measure}"] = values[0]
+        results |= _agreement(name, some)
+    return results | _splits(), {"quality": pd.DataFrame(rows).round(5)}
+
+def _agreement(name: str, some: Sequence[Dictionary]) -> dict[str, Result]:
+    "How far the seeds of a dictionary agree, and as many random directions with one another."
+    if len(some) < 2: return {}
+    what = {"cosine": "cosine of the directions of two seeds, matched one to one; mean over pairs of seeds", "agree": "share of the directions that have a match with a cosine of 0.7 or more in another seed; mean over pairs of seeds"}
+    return {f"{name}_{measure}": seeds_result(values, unit="", how=how) for (measure, how), values in zip(what.items(), seed_agreement([load_sae(one.folder).W_dec.detach() for one in some]))}
+
+def _splits() -> dict[str, Result]:
+    "How many features of each narrow dictionary have two or more in the wide one of its seed."
+    found = {}
+    for layer, k in itertools.product(LAYERS, SPARSITIES):
+        counts = [feature_splitting(*(load_sae(Dictionary(layer, k, d_sae, seed).folder).W_dec.detach() for d_sae in WIDTHS)) for seed in range(3)]
+        found[f"split_{layer}_{k}"] = over_seeds([np.array([(count >= 2).mean()]) for count in counts], f"share of the features of {WIDTHS[0]} that two or more of {WIDTHS[1]} are nearest to, with a cosine of at least 0.5", "", (0, 1))
+    return found
+
+
+# %% ../../nbs/24_sae_features.ipynb #b967d707
+Kind = tuple[list[str], "Int[np.ndarray, 'place']"]                                            # what holds in each place ("": nothing of the kind), and how many letters that looks back
+
+def word_kinds(text: str) -> Iterator[Kind]:
+    "Where a place is in its word: which letter it is, and which letter there; how the word begins, what it is so far, which word is before, how long the one is that has just ended."
+    words = [(match.start(), match.group()) for match in re.finditer(r"[A-Za-z']+", text)]
+    inside, before, ended = [None] * len(text), [""] * len(text), [0] * len(text)
+    for (start, word), (last, previous) in zip(words, [(0, ""), *words]):
+        for i in range(len(word)): inside[start + i] = (i + 1, word[:i + 1])
+        for i in range(last + len(previous), start + len(word)): before[i] = previous
+        if start + len(word) < len(text): ended[start + len(word)] = len(word)
+    at = np.array([k for k, _ in (one or (0, "") for one in inside)])
+    back = np.where(at > 0, at + 1, 1)
+    yield [f"letter {k} of a word" if k else "" for k in at], back
+    yield [f"{letter!r} as letter {k} of a word" if k else "" for k, letter in zip(at, text)], back
+    for n in (1, 2, 3): yield [f"in a word that begins with {one[1][:n]!r}" if one and one[0] >= n else "" for one in inside], back
+    yield [f"a word so far {one[1]!r}" if one else "" for one in inside], back
+    yield [f"between the end of {word!r} and that of the next word" if word else "" for word in before], back + np.array([len(word) for word in before])
+    yield [f"after a word of {n} letters" if n else "" for n in ended], np.array(ended) + 2
+
+def line_kinds(text: str) -> Iterator[Kind]:
+    "Where a place is in its line, and whether the line is a speaker's name or the first of a speech."
+    number, kind, where = 0, "", []
+    for i, letter in enumerate(text):
+        number = 0 if i and text[i - 1] == "\n" else number + 1
+        if number == 0: kind = "name" if text[max(0, i - 2):i] == "\n\n" else "first" if text[max(0, i - 2):i] == ":\n" else ""
+        where.append((number, kind))
+    back = np.array([number + 2 for number, _ in where])
+    yield [f"letter {number + 1} of a line" if number < 12 else "" for number, _ in where], back
+    yield [{"name": "in a line after an empty one (a speaker's name)", "first": "in the first line of a speech"}.get(kind, "") for _, kind in where], back
+    yield ["in a word of capitals" if re.search(r"[A-Z]{2,}$", text[max(0, i - 1):i + 1]) else "" for i in range(len(text))], np.full(len(text), 2)
+
+
+# %% ../../nbs/24_sae_features.ipynb #0eef0789
+FITS, LEAST, CUTS = (0.8, 0.5), 25, (0.0, 0.25, 0.5)                                             # precision and recall; places in which a description must hold and a feature be active; shares of a feature's largest value
+
+def letter_kinds(text: str, width: int) -> Iterator[Kind]:
+    "The last one to five letters; what sort of letter the last one is; and where a place is in its row of `width`."
+    for n in range(1, 6): yield [f"ends with {text[i + 1 - n:i + 1]!r}" if i + 1 >= n else "" for i in range(len(text))], np.full(len(text), n)
+    sorts = {"a capital letter": str.isupper, "a vowel": lambda letter: letter in "aeiou", "a consonant": lambda letter: letter.islower() and letter not in "aeiou", "a mark": lambda letter: letter in ".,;:!?-'"}
+    for name, of in sorts.items(): yield [name if of(letter) else "" for letter in text], np.ones(len(text), dtype=int)
+    at = np.arange(len(text)) % width
+    yield [f"place {i + 1} of the row" if i < 16 else "" for i in at], 0 * at
+    yield [f"places {i // 16 * 16 + 1} to {i // 16 * 16 + 16} of the row" for i in at], 0 * at
+
+@dataclass(frozen=True, eq=False)
+class Descriptions:
+    "Descriptions of places in a text: names, how many letters each looks back on average, and where it holds (a sparse matrix, `[place, description]`)."
+    names: np.ndarray
+    reach: Float[np.ndarray, "description"]
+    holds: Any
+
+def descriptions(text: str, width: int, used: Bool[np.ndarray, "place"]) -> Descriptions:
+    "Those that hold in at least `LEAST` of the places that are used."
+    from scipy.sparse import csr_array, hstack
+    names, reach, holds = [], [], []
+    for labels, back in itertools.chain(letter_kinds(text, width), word_kinds(text), line_kinds(text)):
+        found, which = np.unique(labels, return_inverse=True)
+        often = (np.bincount(which[used], minlength=len(found)) >= LEAST) & (found != "")
+        column, kept_places = np.cumsum(often) - 1, np.flatnonzero(often[which])
+        names.append(found[often])
+        reach.append((np.bincount(which, back, len(found)) / np.bincount(which, minlength=len(found)))[often])
+        holds.append(csr_array((np.ones(len(kept_places), dtype=np.float32), (kept_places, column[which[kept_places]])), shape=(len(text), int(often.sum()))))
+    return Descriptions(np.concatenate(names), np.concatenate(reach), hstack(holds, format="csr"))
+
+
+# %% ../../nbs/24_sae_features.ipynb #9732f260
+def halves(n: int, width: int) -> Bool[np.ndarray, "place"]:
+    "Of `n` places in rows of `width`, those that are looked at: eight rows in turn. The others are for scores."
+    return np.arange(n) // width // 8 % 2 == 0
+
+def fitted(acts: Float[np.ndarray, "place feature"], texts: Descriptions, looked: Bool[np.ndarray, "place"]) -> pd.DataFrame:
+    "For each feature the description that tells best, in the places that are looked at, where it is active, from which share of its largest value there on it counts as active; and precision and recall in the other places. Features that are active in fewer than `LEAST` places that are looked at get none."
+    import pandas as pd
+    most, best = acts[looked].max(0), None
+    for share in CUTS:
+        active = (acts > np.maximum(share * most, 1e-9)).astype(np.float32)
+        hits, n, size = (texts.holds[looked].T @ active[looked]), active[looked].sum(0), np.asarray(texts.holds[looked].sum(0)).ravel()
+        f1 = np.where(n >= LEAST, 2 * hits / np.maximum(1, n + size[:, None]), 0)
+        one = pd.DataFrame({"feature": np.arange(acts.shape[1]), "which": f1.argmax(0), "share": share, "f1": f1.max(0)})
+        said = texts.holds[~looked][:, one.which.to_numpy()].toarray() > 0
+        one = one.assign(**_scores(active[~looked] > 0, said))
+        best = one if best is None else best.where(best.f1 >= one.f1, one)
+    best["described"] = np.where(best.f1 > 0, texts.names[best.which.astype(int)], "")
+    return best.assign(reach=np.where(best.f1 > 0, texts.reach[best.which.astype(int)], np.nan), density=(acts > 0).mean(0), fits=(best.precision >= FITS[0]) & (best.recall >= FITS[1])).drop(columns="which")
+
+def _scores(active: Bool[np.ndarray, "place feature"], said: Bool[np.ndarray, "place feature"]) -> dict[str, Float[np.ndarray, "feature"]]:
+    "Precision (of being active: what is said is right), and recall."
+    hits = (active & said).sum(0)
+    return {"precision": hits / np.maximum(1, active.sum(0)), "recall": hits / np.maximum(1, said.sum(0))}
+
+
+# %% ../../nbs/24_sae_features.ipynb #7557680c
+def features_on(model: TransformerBridge, sae: SAE, rows: Int[Tensor, "row pos"], chunk: int = 32) -> Float[np.ndarray, "place feature"]:
+    "How active each feature is in every place of some rows, `4 * places * features` bytes."
+    return np.concatenate([encoded(sae, activations_at(model, sae.cfg.metadata.hook_name, some)[:, None])[0][:, 0].numpy() for some in rows.split(chunk)])
+
+def random_features(stream: Float[np.ndarray, "place width"], n: int, k: int, seed: int = 0) -> Float[np.ndarray, "place feature"]:
+    "The same of `n` directions drawn at random, of which the `k` that an activation has most of count."
+    import torch
+    found = torch.from_numpy((stream - stream.mean(0)) @ np.random.default_rng(seed).normal(size=(stream.shape[1], n)).astype(np.float32))
+    return (found * (found >= found.topk(k).values[:, -1:])).clamp(min=0).numpy()
+
+SETS = {"trained": "features", "untrained": "features of the untrained model", "neurons": "neurons of the same layer", "random": "directions drawn at random, of which the 32 largest count", "shuffled": "features whose activations are dealt out to the places at random"}
+
+def described_set(item: tuple[str, Dictionary]) -> pd.DataFrame:
+    "The descriptions of the features of a dictionary, or of what stands beside them (see `SETS`)."
+    kind, one = item
+    model = reader(one.trained)
+    rows = text_rows(model)[1]
+    if kind == "neurons": acts = np.concatenate([activations_at(model, hook_name(model, "post", one.layer), some).numpy() for some in rows.split(32)])
+    elif kind == "random": acts = random_features(np.concatenate([activations_at(model, hook_name(model, "resid_post", one.layer), some).numpy() for some in rows.split(32)]), one.d_sae, one.k)
+    else: acts = features_on(model, load_sae(one.folder, model=model), rows)
+    if kind == "shuffled": acts = np.random.default_rng(0).permutation(acts)
+    looked = halves(len(acts), rows.shape[1])
+    return fitted(acts, descriptions(model.tokenizer.decode(rows.flatten()), rows.shape[1], looked), looked).assign(set=kind, layer=one.layer, seed=one.seed)
+
+
+# %% ../../nbs/24_sae_features.ipynb #8fde2d07
+def described_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "For how many features a description that a program lists fits, and how far back it looks; for the shipped dictionaries, and what stands beside them."
+    import pandas as pd
+    items = [("trained" if one.trained else "untrained", one) for one in SHIPPED] + [(kind, Dictionary(layer)) for layer in LAYERS for kind in ("neurons", "random", "shuffled")]
+    found = pd.concat(in_parallel(described_set, items, "dictionary"), ignore_index=True)
+    what = {"fits": "share of the {} that a listed description fits on the half that was not looked at", "rare": "share of the {} that are active in too few places to be described", "far": "share of those fitted descriptions, of {}, that look back three letters or more"}
+    results = {}
+    for (kind, layer), of in found.groupby(["set", "layer"]):
+        numbers = {"fits": of.fits, "rare": of.described == "", "far": (of.reach >= 3)[of.fits]}
+        for name, holds in numbers.items():
+            how = f"{what[name].format(SETS[kind])}; after layer {layer}"
+            if kind == "trained": results[f"{name}_{kind}_{layer}"] = over_seeds([np.array([some.mean()]) for _, some in holds.groupby(of.seed)], how, "", (0, 1))
+            elif len(holds): results[f"{name}_{kind}_{layer}"] = rate_result(int(holds.sum()), len(holds), unit="", how=how)
+    return kept(results), {"described": found[found.set.isin(["trained", "untrained"])].round(4)}
+
+
+# %% ../../nbs/24_sae_features.ipynb #9383e4fd
+BY_HAND = {
+    (2, 199): ("the space after to, by, in, with, into", r"\b(?:[Bb]y|[Ww]ith|[Tt]o|[Ii]nto|[Ii]n) "),
+    (2, 610): ("a comma, or the space after it", r",[ ]?"),
+    (2, 423): ("the space after the, that, a, now, how; their", r"\b(?:[Tt]he|[Tt]hat|[Aa]|saw|great) |[NnHhdD]ow |[Tt]hei"),
+    (2, 338): ("i as the first letter of a word, or after w, s, m, th, wh, pr, br", r"\b(?:[WwSsMm]|[TtWwSs]h|[pbfd]r)?i|[bj][eo]i|arri"),
+    (2, 115): ("the space after my or our", r"\b[Mm]y |\bour "),
+    (2, 70): ("the letter after a w that begins a word", r"\b[Ww][a-z]"),
+    (2, 82): ("e in the, he, she, whe-, eve-, gre-", r"[TtWwSsc]he|\b[Hh]e|\b[EeSs][vwpl]e|neve|[gG]re"),
+    (2, 623): ("the end of a line in the middle of a sentence", r"[a-z][;,:]?\n"),
+    (2, 309): ("Y, H or L at the beginning of a line, y after a mark", r"\n[YHL]|[.:;,!?] y"),
+    (2, 751): ("L or l at the beginning of a word, yo", r"[\n ][Ll]|\b[Yy]o"),
+    (2, 43): ("T or B, t in it, out", r"[TB]|\b[IiSsDdOo]?[Iiu]t"),
+    (2, 233): ("A or O at the beginning of a line", r"\n[AO]"),
+    (2, 613): ("the letter after an s that begins a word; an, and, no", r"\b[Ss][a-z]|\b[Aa]nd?|\b[Nn]o|\bis |KA|SE"),
+    (2, 223): ("e at the end of have, make, take, give", r"a[vkdst]e|i[vkd]e|king"),
+    (2, 251): ("the space after a comma or !", r"[,!] "),
+    (2, 154): ("what follows my; yo; the space after a y", r"\b[Mm]y.|\b[Yy]o|[a-z]y "),
+    (2, 429): ("the letter after a v, j or K that begins a word", r"\b[VvJjK][a-z]"),
+    (2, 667): ("the letter after p and one more, at the beginning of a word", r"\b[A-Za-z]{0,2}[Pp][A-Za-z]{2}"),
+    (2, 450): ("su, si, sw at the beginning of a word", r"\b[Ss]u|ssu|\bS[iw]|\bsw|stu"),
+    (2, 209): ("the letter after a vowel and r", r"[aeoAEOiI][rR]\S"),
+}
+
+
+# %% ../../nbs/24_sae_features.ipynb #1319e3c8
+BY_HAND |= {
+    (4, 607): ("a new line", r"\n"),
+    (4, 366): ("the new line after a speaker's name", r"[A-Za-z]:\n"),
+    (4, 663): ("thee", r"[Tt]hee"),
+    (4, 131): ("the letter after i in whi-, bei-, -rei-", r"[hreb]i[a-z]"),
+    (4, 46): ("the letter after an o that follows n, j, p, f, r, c", r"[njpfrc]o[a-vx-z]|[gbr]oo[a-z]"),
+    (4, 657): ("a dash or hyphen", r"-"),
+    (4, 703): ("Ka-, Kate, King", r"\bK[Aa](?:[tT][eEHh]?)?|\bKing?"),
+    (4, 702): ("the end of a line in the middle of a sentence", r"[^\n.!?:]\n"),
+    (4, 60): ("the space after a word or a comma", r"[A-Za-z',] "),
+    (4, 475): ("the second letter after a mark or a new line", r"(?:\n|[,;:.!?] )[A-Za-z][A-Za-z ]"),
+    (4, 341): ("the first letter after a mark or a new line", r"[,;:.!?] [A-Za-z']|\n[A-Za-z]"),
+    (4, 441): ("the space after not, got, hot", r"\b[Nn]ot |[a-z]ot "),
+    (4, 728): ("the first letter after your, our, their, her, his, this", r"\b(?:[Yy]our|[Oo]ur|[Tt]heir|her|[Tt]?his) [a-z]"),
+    (4, 257): ("fo, wo", r"[Ff]o|\bwo"),
+    (4, 167): ("the space after your, our, The", r"\b[Yy]?[Oo]ur |\bThe "),
+    (4, 416): ("the new line after a sentence, the middle of a speaker's name", r"[.?!]\n|\n(?:PETRUC|TRAN|GREM|GRUM|LUC)"),
+    (4, 514): ("wil, sha, shal, til, al", r"\b(?:[Ww]il|[Ss]hal?|I'l|[Tt]il|al)|[a-z] ar"),
+    (4, 381): ("a k that begins a word", r"\b[Kk]"),
+    (4, 458): ("a p that begins a word", r"\b[Pp]"),
+    (4, 690): ("a b that begins a word", r"\b[Bb]"),
+}
+NOT_DESCRIBED = {2: (143, 195, 549, 501), 4: (212, 541, 732, 283)}
+
+
+# %% ../../nbs/24_sae_features.ipynb #60296da9
+def ending_places(pattern: str, text: str) -> Bool[np.ndarray, "place"]:
+    "The places at which a regular expression may end."
+    import regex
+    found = np.zeros(len(text), dtype=bool)
+    found[[match.start() - 1 for match in regex.finditer(f"(?<={pattern})", text) if match.start()]] = True
+    return found
+
+def by_hand_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "How well the descriptions by hand tell, on the half that was not looked at, where their features are active."
+    import pandas as pd
+    from scipy.sparse import csr_array
+    model, rows = reader(), text_rows(reader())[1]
+    text, looked, found = model.tokenizer.decode(rows.flatten()), halves(rows.numel(), rows.shape[1]), []
+    for layer in LAYERS:
+        acts = features_on(model, load_sae(Dictionary(layer).folder, model=model), rows)
+        for (_, feature), (words, pattern) in ((key, value) for key, value in BY_HAND.items() if key[0] == layer):
+            one = Descriptions(np.array([words]), np.array([np.nan]), csr_array(ending_places(pattern, text)[:, None].astype(np.float32)))
+            found.append(fitted(acts[:, [feature]], one, looked).assign(layer=layer, feature=feature, pattern=pattern).drop(columns="reach"))
+    table, n = pd.concat(found, ignore_index=True), sum(map(len, NOT_DESCRIBED.values()))
+    of = {"described": (len(table), len(table) + n, "share of the features drawn at random for which a description was written"), "fits": (int(table.fits.sum()), len(table), "share of the descriptions that fit on the half that was not looked at"), "sampled_fits": (int(table.fits.sum()), len(table) + n, "share of the features drawn at random that a description by hand fits on the half that was not looked at")}
+    results = {f"by_hand_{name}": rate_result(hits, size, unit="", how=how) for name, (hits, size, how) in of.items()}
+    return results | {f"by_hand_{name}": mean_result(table[name].to_numpy(), unit="", how=f"{name} of the descriptions by hand on the half that was not looked at, mean over descriptions") for name in ("precision", "recall")}, {"by_hand": table.round(4)}
+
+
+# %% ../../nbs/24_sae_features.ipynb #92ac816d
+CAPITALS, MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", " ,.;:!?\n"
+FORETOLD = {(2, 233): "nsl y", (2, 309): "oeai", (4, 514): "l", (4, 657): "-", (4, 416): "\n", (4, 702): CAPITALS, (4, 381): "ine", (4, 663): MARKS, (4, 257): "rolu", (4, 690): "eyurol"}
+
+def share_of(model: TransformerBridge, rows: Int[Tensor, "case pos"], at: Int[Tensor, "case"], ids: Sequence[int], chunk: int = 32) -> Float[np.ndarray, "case"]:
+    "The probability that the letter after a place of each row is one of some."
+    import torch
+    with torch.no_grad(): return torch.cat([model(some)[torch.arange(len(some)), where].softmax(-1)[:, list(ids)].sum(-1) for some, where in zip(rows.split(chunk), at.split(chunk))]).numpy()
+
+def written(model: TransformerBridge, prompts: Int[Tensor, "case pos"], n: int = 16, seed: int = 0) -> Int[Tensor, "case n"]:
+    "What the model writes, `n` letters, drawn with the same random numbers whatever it is that is changed in it."
+    import torch
+    draws, tokens = torch.rand(len(prompts), n, generator=generator("written", seed)), prompts
+    for step in range(n):
+        with torch.no_grad(): chances = model(tokens)[:, -1].softmax(-1).cumsum(-1)
+        tokens = torch.cat([tokens, (chances < draws[:, [step]]).sum(-1, keepdim=True).clamp(max=chances.shape[1] - 1)], 1)
+    return tokens[:, prompts.shape[1]:]
+
+def nearest_in_size(acts: Float[np.ndarray, "place feature"], lengths: Float[np.ndarray, "feature"], feature: int, n: int = 10) -> Int[np.ndarray, "n"]:
+    "The other features whose mean contribution to the stream in some places is nearest in size."
+    size = acts.mean(0) * lengths
+    distance = np.abs(size - size[feature])
+    distance[feature] = np.inf
+    return np.argsort(distance, kind="stable")[:n]
+
+
+# %% ../../nbs/24_sae_features.ipynb #e907e331
+def causes_of(key: tuple[int, int], places: int = 100, prompts: int = 32) -> pd.DataFrame:
+    "Of a feature described by hand and of ten others: by how much the letters that are foretold become less likely without it, where it is active, and which share of what the model writes they are with it."
+    import pandas as pd, torch
+    layer, feature = key
+    model = reader()
+    sae, rows = load_sae(Dictionary(layer).folder, model=model), text_rows(model)[1]
+    acts, lengths, width = features_on(model, sae, rows), sae.W_dec.detach().norm(dim=1).numpy(), rows.shape[1]
+    looked, ids, most = halves(len(acts), width), [model.tokenizer.get_vocab()[letter] for letter in FORETOLD[key]], acts.max(0)
+    at = np.flatnonzero((acts[:, feature] >= most[feature] / 2) & ~looked & (np.arange(len(acts)) % width < width - 1))
+    at = at[np.linspace(0, len(at) - 1, min(places, len(at))).round().astype(int)]
+    some, where = rows[at // width].long(), torch.tensor(at % width)
+    starts = some_rows(prompts, rows[~looked[::width]])[:, :16].long()
+    plain, unsteered = share_of(model, some, where, ids), np.isin(written(model, starts), ids).mean(1)
+    found = []
+    for one in (feature, *nearest_in_size(acts[at], lengths, feature)):
+        with ablate_feature(model, sae, int(one)): fall = plain - share_of(model, some, where, ids)
+        with steer_with_feature(model, sae, int(one), float(most[feature] * lengths[feature] / lengths[one]), how="set"): steered = np.isin(written(model, starts), ids).mean(1)
+        found.append({"layer": layer, "described": feature, "feature": int(one), "own": one == feature, "places": len(at), "size": float(acts[at][:, one].mean() * lengths[one]), "plain": plain.mean(), "fall": fall.mean(), "unsteered": unsteered.mean(), "steered": steered.mean(), **dict(zip(("fall_low", "fall_high"), bootstrap_ci(fall)[1:]))})
+    return pd.DataFrame(found)
+
+def causes_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Whether ten features do what their descriptions make us expect, more than ten others each."
+    import pandas as pd
+    table = pd.concat(in_parallel(causes_of, list(FORETOLD), "feature"), ignore_index=True)
+    own, most = table[table.own].set_index(["layer", "described"]), table[~table.own].groupby(["layer", "described"], sort=False)[["fall", "steered"]].max()
+    held = {"fall": (own.fall > 0, "share of the ten features without which the letters foretold become less likely where it is active"), "most": ((own.fall > 0) & (own.fall > most.fall), "share of the ten without which they become less likely, and more so than without any of ten others"),
+            "steered": (own.steered > own.unsteered, "share of the ten that make the letters foretold more frequent in what the model writes"), "steered_most": ((own.steered > own.unsteered) & (own.steered > most.steered), "share of the ten that make them more frequent, and more so than any of ten others pushed as far"),
+            "both": ((own.fall > 0) & (own.fall > most.fall) & (own.steered > own.unsteered), "share of the ten of which all that was foretold holds")}
+    results = {f"causes_{name}": rate_result(int(of.sum()), len(of), unit="", how=how) for name, (of, how) in held.items()}
+    for name, kind in (("own", table[table.own]), ("others", table[~table.own])): results |= {f"causes_{measure}_{name}": mean_result(kind[measure].to_numpy(), unit="", how=f"{text}; mean over {'the ten features' if name == 'own' else 'their controls'}", groups=None if name == "own" else kind.layer * 1000 + kind.described) for measure, text in (("fall", "fall of the probability of the letters foretold"), ("steered", "share of what the model writes that are the letters foretold"), ("unsteered", "the same without any change"))}
+    return results, {"causes": table.round(5)}
 
 
 # %% ../../nbs/24_sae_features.ipynb #fc30354c
