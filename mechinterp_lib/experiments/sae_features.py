@@ -5,11 +5,11 @@
 # %% ../../nbs/24_sae_features.ipynb #ecdfb2b5
 from __future__ import annotations
 
-import itertools, re, tempfile
+import itertools, operator, re, tempfile
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ..core import Result, Stage, cache_dir, generator, home, load_table, result
 from ..interventions import hook_name
 from ..sae import ablate_feature, activations_at, corpus_rows, encoded, evaluate_sae, feature_splitting, fit_sae, load_sae, match_directions, planted_batches, planted_codes, planted_dictionary, steer_with_feature, train_sae
 from ..statistics import bootstrap_ci, mean_result, rate_result, seeds_result
-from ..subjects import ADDITION, Passes, Subject, as_predicted, gathered, in_parallel, kept, over_seeds, shipped_subjects, subject_tokens, untrained_twin
+from ..subjects import ADDITION, Passes, Subject, as_predicted, corpus_missing, gathered, in_parallel, kept, over_seeds, shipped_subjects, subject_files, subject_tokens, untrained_twin
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -32,14 +32,15 @@ EXPERIMENT = "sae_features"
 # %% auto #0
 __all__ = ['EXPERIMENT', 'FOUND', 'CASES', 'SIZE', 'ACTIVE', 'PROBLEMS', 'LAYERS', 'WIDTHS', 'SPARSITIES', 'SHIPPED',
            'DICTIONARIES', 'ROWS', 'QUALITY', 'Kind', 'FITS', 'LEAST', 'CUTS', 'SETS', 'BY_HAND', 'NOT_DESCRIBED',
-           'CAPITALS', 'MARKS', 'FORETOLD', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'STAGES',
-           'Planted', 'recovered', 'planted_row', 'concepts', 'best_cuts', 'f1_of', 'Detectors', 'detectors',
-           'sums_sae', 'probe_scores', 'scores_of', 'detection_rows', 'as_frequent', 'carry_without', 'sums_of_model',
-           'Dictionary', 'reader', 'text_rows', 'store_activations', 'trained_on', 'make_dictionaries', 'some_rows',
-           'quality_of', 'seed_agreement', 'quality_stage', 'word_kinds', 'line_kinds', 'letter_kinds', 'Descriptions',
-           'descriptions', 'halves', 'fitted', 'features_on', 'random_features', 'described_set', 'described_stage',
-           'ending_places', 'by_hand_stage', 'share_of', 'written', 'nearest_in_size', 'causes_of', 'causes_stage',
-           'planted_stage', 'sums_stage', 'predictions_stage']
+           'CAPITALS', 'MARKS', 'FORETOLD', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'ALL',
+           'PREDICTED_PLANTED', 'PREDICTED_SHAKESPEARE', 'STAGES', 'Planted', 'recovered', 'planted_row', 'concepts',
+           'best_cuts', 'f1_of', 'Detectors', 'detectors', 'sums_sae', 'probe_scores', 'scores_of', 'detection_rows',
+           'as_frequent', 'carry_without', 'sums_of_model', 'Dictionary', 'reader', 'text_rows', 'store_activations',
+           'trained_on', 'make_dictionaries', 'some_rows', 'quality_of', 'seed_agreement', 'quality_stage',
+           'word_kinds', 'line_kinds', 'letter_kinds', 'Descriptions', 'descriptions', 'halves', 'fitted',
+           'features_on', 'random_features', 'described_set', 'described_stage', 'ending_places', 'by_hand_stage',
+           'share_of', 'written', 'nearest_in_size', 'causes_of', 'causes_stage', 'planted_stage', 'sums_stage',
+           'predictions_stage']
 
 # %% ../../nbs/24_sae_features.ipynb #9e4f09a9
 @dataclass(frozen=True)
@@ -308,22 +309,28 @@ def quality_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             values = [found[one][measure] for one in some if measure in found[one]]
             if len(values) > 1: results[f"{name}_{measure}"] = seeds_result([value.value for value in values], unit=values[0].unit, how=f"{values[0].how.split(';')[0]}; {ROWS} rows of unseen text")
             elif values: results[f"{name}_{measure}"] = values[0]
-        results |= _agreement(name, some)
-    return results | _splits(), {"quality": pd.DataFrame(rows).round(5)}
+    agreement, splits = _agreement(), _splits()
+    for (trained, layer, k, d_sae), of in agreement.groupby(["trained", "layer", "k", "d_sae"]):
+        for measure, text in (("cosine", "cosine of the directions of two seeds, matched one to one"), ("agree", "share of the directions that have a match with a cosine of 0.7 or more in another seed")): results[f"{'trained' if trained else 'untrained'}_{layer}_{k}_{d_sae}_{measure}"] = over_seeds([np.array([value]) for value in of[measure]], f"{text}, of each pair of three seeds", "", (0, 1))
+    for (layer, k), of in splits.groupby(["layer", "k"]): results[f"split_{layer}_{k}"] = over_seeds([np.array([value]) for value in of.split], f"share of the features of {WIDTHS[0]} that two or more of {WIDTHS[1]} are nearest to, with a cosine of at least 0.5", "", (0, 1))
+    return results, {"quality": pd.DataFrame(rows).round(5), "agreement": agreement.round(5), "splits": splits.round(5)}
 
-def _agreement(name: str, some: Sequence[Dictionary]) -> dict[str, Result]:
-    "How far the seeds of a dictionary agree, and as many random directions with one another."
-    if len(some) < 2: return {}
-    what = {"cosine": "cosine of the directions of two seeds, matched one to one; mean over pairs of seeds", "agree": "share of the directions that have a match with a cosine of 0.7 or more in another seed; mean over pairs of seeds"}
-    return {f"{name}_{measure}": seeds_result(values, unit="", how=how) for (measure, how), values in zip(what.items(), seed_agreement([load_sae(one.folder).W_dec.detach() for one in some]))}
+def _agreement() -> pd.DataFrame:
+    "How far the seeds of a dictionary agree, pair by pair."
+    import pandas as pd
+    rows = []
+    for (trained, layer, k, d_sae), some in itertools.groupby(sorted(DICTIONARIES, key=lambda one: (one.trained, one.layer, one.k, one.d_sae, one.seed)), key=lambda one: (one.trained, one.layer, one.k, one.d_sae)):
+        found = seed_agreement([load_sae(one.folder).W_dec.detach() for one in some])
+        rows += [{"trained": trained, "layer": layer, "k": k, "d_sae": d_sae, "pair": i, "cosine": cosine, "agree": agree} for i, (cosine, agree) in enumerate(zip(*found))]
+    return pd.DataFrame(rows)
 
-def _splits() -> dict[str, Result]:
+def _splits() -> pd.DataFrame:
     "How many features of each narrow dictionary have two or more in the wide one of its seed."
-    found = {}
-    for layer, k in itertools.product(LAYERS, SPARSITIES):
-        counts = [feature_splitting(*(load_sae(Dictionary(layer, k, d_sae, seed).folder).W_dec.detach() for d_sae in WIDTHS)) for seed in range(3)]
-        found[f"split_{layer}_{k}"] = over_seeds([np.array([(count >= 2).mean()]) for count in counts], f"share of the features of {WIDTHS[0]} that two or more of {WIDTHS[1]} are nearest to, with a cosine of at least 0.5", "", (0, 1))
-    return found
+    import pandas as pd
+    def split(layer: int, k: int, seed: int) -> float:
+        "The share of one."
+        return (feature_splitting(*(load_sae(Dictionary(layer, k, d_sae, seed).folder).W_dec.detach() for d_sae in WIDTHS)) >= 2).mean()
+    return pd.DataFrame([{"layer": layer, "k": k, "seed": seed, "split": split(layer, k, seed)} for layer, k, seed in itertools.product(LAYERS, SPARSITIES, range(3))])
 
 
 # %% ../../nbs/24_sae_features.ipynb #b967d707
@@ -453,12 +460,16 @@ def described_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     what = {"fits": "share of the {} that a listed description fits on the half that was not looked at", "rare": "share of the {} that are active in too few places to be described", "far": "share of those fitted descriptions, of {}, that look back three letters or more"}
     results = {}
     for (kind, layer), of in found.groupby(["set", "layer"]):
-        numbers = {"fits": of.fits, "rare": of.described == "", "far": (of.reach >= 3)[of.fits]}
-        for name, holds in numbers.items():
+        for name, holds in _of_descriptions(of).items():
             how = f"{what[name].format(SETS[kind])}; after layer {layer}"
             if kind == "trained": results[f"{name}_{kind}_{layer}"] = over_seeds([np.array([some.mean()]) for _, some in holds.groupby(of.seed)], how, "", (0, 1))
             elif len(holds): results[f"{name}_{kind}_{layer}"] = rate_result(int(holds.sum()), len(holds), unit="", how=how)
-    return kept(results), {"described": found[found.set.isin(["trained", "untrained"])].round(4)}
+    shares = pd.DataFrame([{"set": kind, "layer": layer, "seed": seed, **{name: holds.mean() for name, holds in _of_descriptions(of).items()}} for (kind, layer, seed), of in found.groupby(["set", "layer", "seed"])])
+    return kept(results), {"described": found[found.set.isin(["trained", "untrained"])].round(4), "described_shares": shares.round(5)}
+
+def _of_descriptions(of: pd.DataFrame) -> dict[str, pd.Series]:
+    "What is true of each feature or, of `far`, of each that is fitted."
+    return {"fits": of.fits, "rare": of.described == "", "far": (of.reach >= 3)[of.fits]}
 
 
 # %% ../../nbs/24_sae_features.ipynb #9383e4fd
@@ -588,13 +599,17 @@ def causes_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Whether ten features do what their descriptions make us expect, more than ten others each."
     import pandas as pd
     table = pd.concat(in_parallel(causes_of, list(FORETOLD), "feature"), ignore_index=True)
-    own, most = table[table.own].set_index(["layer", "described"]), table[~table.own].groupby(["layer", "described"], sort=False)[["fall", "steered"]].max()
-    held = {"fall": (own.fall > 0, "share of the ten features without which the letters foretold become less likely where it is active"), "most": ((own.fall > 0) & (own.fall > most.fall), "share of the ten without which they become less likely, and more so than without any of ten others"),
-            "steered": (own.steered > own.unsteered, "share of the ten that make the letters foretold more frequent in what the model writes"), "steered_most": ((own.steered > own.unsteered) & (own.steered > most.steered), "share of the ten that make them more frequent, and more so than any of ten others pushed as far"),
-            "both": ((own.fall > 0) & (own.fall > most.fall) & (own.steered > own.unsteered), "share of the ten of which all that was foretold holds")}
-    results = {f"causes_{name}": rate_result(int(of.sum()), len(of), unit="", how=how) for name, (of, how) in held.items()}
+    what = {"fall": "share of the ten features without which the letters foretold become less likely where it is active", "most": "share of the ten without which they become less likely, and more so than without any of ten others", "steered": "share of the ten that make the letters foretold more frequent in what the model writes",
+            "steered_most": "share of the ten that make them more frequent, and more so than any of ten others pushed as far", "both": "share of the ten of which all that was foretold holds"}
+    results = {f"causes_{name}": rate_result(int(of.sum()), len(of), unit="", how=what[name]) for name, of in _as_foretold(table).items()}
     for name, kind in (("own", table[table.own]), ("others", table[~table.own])): results |= {f"causes_{measure}_{name}": mean_result(kind[measure].to_numpy(), unit="", how=f"{text}; mean over {'the ten features' if name == 'own' else 'their controls'}", groups=None if name == "own" else kind.layer * 1000 + kind.described) for measure, text in (("fall", "fall of the probability of the letters foretold"), ("steered", "share of what the model writes that are the letters foretold"), ("unsteered", "the same without any change"))}
     return results, {"causes": table.round(5)}
+
+def _as_foretold(table: pd.DataFrame) -> dict[str, pd.Series]:
+    "For each of the ten features what holds of what was foretold."
+    own, most = table[table.own].set_index(["layer", "described"]), table[~table.own].groupby(["layer", "described"], sort=False)[["fall", "steered"]].max()
+    falls, most_fall, steers = own.fall > 0, own.fall > most.fall.loc[own.index], own.steered > own.unsteered
+    return {"fall": falls, "most": falls & most_fall, "steered": steers, "steered_most": steers & (own.steered > most.steered.loc[own.index]), "both": falls & most_fall & steers}
 
 
 # %% ../../nbs/24_sae_features.ipynb #fc30354c
@@ -649,13 +664,76 @@ PREDICTED: dict[str, tuple[str, Passes]] = {
     "7_carry": ("and the carry to less than 0.7", lambda of: of.f1_carry_untrained_0 < 0.7),
 }
 
-def _sums_seeds() -> list[Path]:
-    "The stored numbers of each model."
-    return [results_dir(EXPERIMENT) / "sums_of_model_seeds.csv"]
+
+# %% ../../nbs/24_sae_features.ipynb #cc72b3fe
+def _both(of: pd.DataFrame, holds: Callable[[Callable[[str], pd.Series]], pd.Series], names: Sequence[str] = tuple(map(str, LAYERS))) -> pd.Series:
+    "Whether something holds of the numbers that end in each of these names."
+    return reduce(operator.and_, (holds(lambda number: of[f"{number}_{name}"]) for name in names))
+
+ALL = tuple(f"{layer}_{k}_{d_sae}" for layer, k, d_sae in itertools.product(LAYERS, SPARSITIES, WIDTHS))
+PREDICTED_PLANTED: dict[str, tuple[str, Passes]] = {
+    "1_few": (f"with four entries at a time 0.9 of the directions are found", lambda of: of.active_4_recall >= 0.9),
+    "1_precision": ("and 0.9 of the features that are ever active are one of them", lambda of: of.active_4_precision >= 0.9),
+    "1_sixteen": ("with sixteen at a time less than half are found", lambda of: of.active_16_recall < 0.5),
+    "1_blank": ("an autoencoder that has learned nothing, and the principal components, find less than 0.05", lambda of: (of.active_4_untrained_recall < 0.05) & (of.active_4_components_recall < 0.05)),
+    "2_half": ("a dictionary half as wide finds less than half", lambda of: of.width_128_recall < 0.5),
+    "2_twice": ("one twice as wide as many as the right one, within 0.05", lambda of: (of.width_512_recall - of.width_256_recall).abs() <= 0.05),
+    "2_precision": ("and less than 0.7 of its features are true", lambda of: of.width_512_precision < 0.7),
+    "3_few": ("with four thousand different samples less than half are found", lambda of: of.samples_4096_recall < 0.5),
+    "3_many": ("with 65 thousand as many as if none came twice, within 0.05", lambda of: (of.samples_65536_recall - of.active_4_recall).abs() <= 0.05),
+}
+PREDICTED_SHAKESPEARE: dict[str, tuple[str, Passes]] = {
+    "8_ce": ("at least 0.95 of the loss is won back", lambda of: _both(of, lambda n: n("ce_recovered_mean") >= 0.95, ("2_32_768", "4_32_768"))),
+    "8_dead": ("less than 0.05 of the features are dead", lambda of: _both(of, lambda n: n("dead") < 0.05, ("2_32_768", "4_32_768"))),
+    "9_variance": ("explained variance is at least as high for the untrained model, everywhere", lambda of: _both(of, lambda n: n("untrained_explained_variance") >= n("explained_variance"), ALL)),
+    "9_dead": ("the share of dead features is the same, within 0.05, everywhere", lambda of: _both(of, lambda n: (n("untrained_dead") - n("dead")).abs() <= 0.05, ALL)),
+    "9_nearest": ("the cosine with the nearest direction is the same, within 0.1, everywhere", lambda of: _both(of, lambda n: (n("untrained_nearest") - n("nearest")).abs() <= 0.1, ALL)),
+    "10_half": ("less than half of the features have a partner in another seed", lambda of: _both(of, lambda n: n("agree") < 0.5)),
+    "10_untrained": ("those of the untrained model have one more often", lambda of: _both(of, lambda n: n("untrained_agree") > n("agree"))),
+    "11_split": ("at least 0.3 of the features are split in the wide dictionary", lambda of: _both(of, lambda n: n("split") >= 0.3)),
+    "12_half": ("a listed description fits less than half of the features", lambda of: _both(of, lambda n: n("fits_trained") < 0.5)),
+    "12_neurons": ("but more of them than of the neurons", lambda of: _both(of, lambda n: n("fits_trained") > n("fits_neurons"))),
+    "12_random": ("and than of directions drawn at random", lambda of: _both(of, lambda n: n("fits_trained") > n("fits_random"))),
+    "12_untrained": ("of the untrained model's still more", lambda of: _both(of, lambda n: n("fits_untrained") > n("fits_trained"))),
+    "12_far": ("more of the descriptions look back three letters or more than in the untrained model", lambda of: _both(of, lambda n: n("far_trained") > n("far_untrained"))),
+    "13_hand": ("at least 0.7 of the descriptions by hand fit", lambda of: of.by_hand_fits >= 0.7),
+    "14_causes": ("all that was foretold holds for seven of the ten features", lambda of: of.causes_both >= 0.7),
+}
+
+
+# %% ../../nbs/24_sae_features.ipynb #e75f4a76
+def _numbers_of_planted() -> pd.DataFrame:
+    "What is stored of each planted dictionary, as (model, seed, name, value)."
+    table = load_table(EXPERIMENT, "planted").melt(["axis", "value", "seed"], var_name="measure", value_name="found")
+    return table.assign(model="planted", name=table.axis + "_" + table.value.astype(str) + "_" + table.measure).drop(columns="value").rename(columns={"found": "value"})
+
+def _numbers_of_shakespeare() -> pd.DataFrame:
+    "The same of each seed of the dictionaries of Shakespeare, beside what stands beside them; a pair of seeds is numbered by the first pair, the second, and the third."
+    import pandas as pd
+    found, quality, shares, agreement, splits = {seed: {} for seed in range(3)}, *(load_table(EXPERIMENT, name) for name in ("quality", "described_shares", "agreement", "splits"))
+    def note(prefix: str, name: str, value: float, seed: int | None) -> None:
+        "Of a seed, or (None) beside all of them."
+        for one in found if seed is None else [seed]: found[one][f"{prefix}{name}"] = value
+    for row in quality.to_dict("records"):
+        if row["trained"] or row["seed"] == 0:
+            for measure in QUALITY: note("" if row["trained"] else "untrained_", f"{measure}_{row['layer']}_{row['k']}_{row['d_sae']}", row[measure], row["seed"] if row["trained"] else None)
+    for row in shares.to_dict("records"):
+        for measure in ("fits", "far"): note("", f"{measure}_{row['set']}_{row['layer']}", row[measure], row["seed"] if row["set"] == "trained" else None)
+    for row in agreement[(agreement.k == 32) & (agreement.d_sae == 768)].to_dict("records"): note("" if row["trained"] else "untrained_", f"agree_{row['layer']}", row["agree"], row["pair"])
+    for row in splits[splits.k == 32].to_dict("records"): note("", f"split_{row['layer']}", row["split"], row["seed"])
+    note("", "by_hand_fits", load_table(EXPERIMENT, "by_hand").fits.mean(), 0), note("", "causes_both", _as_foretold(load_table(EXPERIMENT, "causes"))["both"].mean(), 0)
+    return pd.DataFrame([{"model": "shakespeare", "seed": seed, "name": name, "value": value} for seed, numbers in found.items() for name, value in numbers.items()])
+
+_READ = ("planted", "sums_of_model_seeds", "quality", "described_shares", "agreement", "splits", "by_hand", "causes")
+
+def _stored() -> list[Path]:
+    "The tables of the other stages that predictions are held against."
+    return [results_dir(EXPERIMENT) / f"{name}.csv" for name in _READ]
 
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "How many models are as predicted, from the stored numbers of each."
-    return as_predicted(load_table(EXPERIMENT, "sums_of_model_seeds"), PREDICTED), {}
+    "How many models, dictionaries or pairs of seeds are as predicted, from the stored numbers of each."
+    return as_predicted(_numbers_of_planted(), PREDICTED_PLANTED) | as_predicted(load_table(EXPERIMENT, "sums_of_model_seeds"), PREDICTED) | as_predicted(_numbers_of_shakespeare(), PREDICTED_SHAKESPEARE), {}
+
 
 # %% ../../nbs/24_sae_features.ipynb #727288e4
 _SUMS = {"features": SIZE, "active": ACTIVE, "samples": 2**20, "problems": PROBLEMS}
@@ -664,8 +742,27 @@ def _sums_models() -> list[Path]:
     "The models that are asked what they know of sums."
     return [home() / "models" / f"{subject.family}/seed{subject.seed}" for subject in shipped_subjects(ADDITION) if subject.seed < 5]
 
+def _reads(dictionaries: Sequence[Dictionary] = ()) -> list[Path]:
+    "The model of Shakespeare, its text, and dictionaries."
+    return [*subject_files(["shakespeare"], "tinyshakespeare"), *(one.folder for one in dictionaries)]
+
+def _dictionaries_missing(wanted: Sequence[Dictionary]) -> str | None:
+    "Why these dictionaries cannot be measured here, or None."
+    gone = [one for one in wanted if not (one.folder / "cfg.json").exists()]
+    return corpus_missing() or (f"{len(gone)} of {len(wanted)} autoencoders are not here: mechinterp run {EXPERIMENT} --stage quality trains them" if gone else None)
+
+def _tables_missing() -> str | None:
+    "Which table of another stage is not made yet, or None."
+    return next((f"{path.name} not made yet" for path in _stored() if not path.exists()), None)
+
+_TEXT = {"layers": list(LAYERS), "places": LEAST, "fits": list(FITS), "shares": list(CUTS)}
 STAGES = {
     "planted": Stage(planted_stage, {"cases": {axis: len(cases) for axis, cases in CASES.items()}, "found": FOUND}, SEEDS),
     "sums": Stage(sums_stage, _SUMS, range(5), _sums_models, lambda: None if _sums_models() else "no model that adds is shipped here"),
-    "predictions": Stage(predictions_stage, _SUMS, range(5), _sums_seeds, lambda: None if _sums_seeds()[0].exists() else "sums_of_model_seeds.csv not made yet"),
+    "quality": Stage(quality_stage, {"layers": list(LAYERS), "widths": list(WIDTHS), "sparsities": list(SPARSITIES), "rows": ROWS}, range(3), partial(_reads, SHIPPED), partial(_dictionaries_missing, DICTIONARIES), trains=True),
+    "described": Stage(described_stage, _TEXT, range(3), partial(_reads, SHIPPED), partial(_dictionaries_missing, SHIPPED)),
+    "by_hand": Stage(by_hand_stage, _TEXT, [0], partial(_reads, [Dictionary(layer) for layer in LAYERS]), partial(_dictionaries_missing, SHIPPED)),
+    "causes": Stage(causes_stage, {"features": len(FORETOLD), "controls": 10, "places": 100, "prompts": 32}, [0], partial(_reads, [Dictionary(layer) for layer in LAYERS]), partial(_dictionaries_missing, SHIPPED)),
+    "predictions": Stage(predictions_stage, {"predictions": len(PREDICTED_PLANTED) + len(PREDICTED) + len(PREDICTED_SHAKESPEARE)}, range(5), _stored, _tables_missing),
 }
+
