@@ -275,7 +275,7 @@ def make_dictionaries(wanted: Sequence[Dictionary] = DICTIONARIES) -> None:
 
 
 # %% ../../nbs/24_sae_features.ipynb #1845afb0
-ROWS = 200                                                                                     # of unseen text, on which dictionaries are measured
+ROWS = 100                                                                                     # of unseen text, on which dictionaries are measured
 
 def some_rows(n: int, rows: Int[Tensor, "row pos"]) -> Int[Tensor, "n pos"]:
     "`n` rows, evenly spread over a text."
@@ -557,7 +557,7 @@ def share_of(model: TransformerBridge, rows: Int[Tensor, "case pos"], at: Int[Te
     import torch
     with torch.no_grad(): return torch.cat([model(some)[torch.arange(len(some)), where].softmax(-1)[:, list(ids)].sum(-1) for some, where in zip(rows.split(chunk), at.split(chunk))]).numpy()
 
-def written(model: TransformerBridge, prompts: Int[Tensor, "case pos"], n: int = 16, seed: int = 0) -> Int[Tensor, "case n"]:
+def written(model: TransformerBridge, prompts: Int[Tensor, "case pos"], n: int = 12, seed: int = 0) -> Int[Tensor, "case n"]:
     "What the model writes, `n` letters, drawn with the same random numbers whatever it is that is changed in it."
     import torch
     draws, tokens = torch.rand(len(prompts), n, generator=generator("written", seed)), prompts
@@ -575,7 +575,7 @@ def nearest_in_size(acts: Float[np.ndarray, "place feature"], lengths: Float[np.
 
 
 # %% ../../nbs/24_sae_features.ipynb #e907e331
-def causes_of(key: tuple[int, int], places: int = 100, prompts: int = 32) -> pd.DataFrame:
+def causes_of(key: tuple[int, int], places: int = 64, prompts: int = 24) -> pd.DataFrame:
     "Of a feature described by hand and of ten others: by how much the letters that are foretold become less likely without it, where it is active, and which share of what the model writes they are with it."
     import pandas as pd, torch
     layer, feature = key
@@ -762,7 +762,7 @@ STAGES = {
     "quality": Stage(quality_stage, {"layers": list(LAYERS), "widths": list(WIDTHS), "sparsities": list(SPARSITIES), "rows": ROWS}, range(3), partial(_reads, SHIPPED), partial(_dictionaries_missing, DICTIONARIES), trains=True),
     "described": Stage(described_stage, _TEXT, range(3), partial(_reads, SHIPPED), partial(_dictionaries_missing, SHIPPED)),
     "by_hand": Stage(by_hand_stage, _TEXT, [0], partial(_reads, [Dictionary(layer) for layer in LAYERS]), partial(_dictionaries_missing, SHIPPED)),
-    "causes": Stage(causes_stage, {"features": len(FORETOLD), "controls": 10, "places": 100, "prompts": 32}, [0], partial(_reads, [Dictionary(layer) for layer in LAYERS]), partial(_dictionaries_missing, SHIPPED)),
+    "causes": Stage(causes_stage, {"features": len(FORETOLD), "controls": 10, "places": 64, "prompts": 24}, [0], partial(_reads, [Dictionary(layer) for layer in LAYERS]), partial(_dictionaries_missing, SHIPPED)),
     "predictions": Stage(predictions_stage, {"predictions": len(PREDICTED_PLANTED) + len(PREDICTED) + len(PREDICTED_SHAKESPEARE)}, range(5), _stored, _tables_missing),
 }
 
