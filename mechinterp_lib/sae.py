@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Se
 import numpy as np
 
 from .attention_analysis import position_losses
-from .core import InputError, Result, atomic_path, check_choice, check_number, check_range, generator, pick_device, read_json, seeded, write_json, write_text
+from .core import InputError, Result, atomic_path, check_choice, check_number, check_range, generator, home, pick_device, read_json, seeded, write_json, write_text
 from .interventions import capture, check_model, check_names, dataset_rows, norm_gain, replaced
 from .logit_lens import lens_measures, weights_key
 from .statistics import mean_result, rate_result, ratio_of_sums_ci
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'corpus_rows', 'activations_at', 'check_finite', 'activation_batches', 'stored_batches', 'save_sae',
-           'load_sae', 'sae_hook', 'check_sae', 'new_sae', 'fit_sae', 'train_sae', 'SAEQuality', 'encoded',
-           'with_features', 'evaluate_sae', 'nearest_directions', 'match_directions', 'feature_splitting',
+           'shipped_saes', 'load_sae', 'sae_hook', 'check_sae', 'new_sae', 'fit_sae', 'train_sae', 'SAEQuality',
+           'encoded', 'with_features', 'evaluate_sae', 'nearest_directions', 'match_directions', 'feature_splitting',
            'planted_dictionary', 'planted_codes', 'planted_batches', 'ablate_feature', 'steer_with_feature',
            'strongest_rows', 'logit_effects', 'loss_without', 'feature_dashboard']
 
@@ -116,13 +116,19 @@ def save_sae(sae: SAE, path: str | Path) -> Path:
     write_json(Path(path) / "cfg.json", config | {"device": "cpu"})
     return Path(path)
 
+def shipped_saes() -> list[str]:
+    "The names of the shipped autoencoders: every folder below `models/` that holds a `cfg.json`."
+    root = home() / "models"
+    return sorted(found.parent.relative_to(root).as_posix() for found in root.rglob("cfg.json"))
+
 def load_sae(path: str | Path, sae_id: str | None = None, *, model: TransformerBridge | None = None, device: str | None = None) -> SAE:
-    "An autoencoder from a folder, or, with `sae_id`, a released one from the hub: `path` is then the release, as sae-lens names it. With a `model` it is checked by `check_sae`, and goes to the model's device (`device=None`; else the processor). `InputError` for a folder that holds none, a release that cannot be had, and what `check_sae` refuses."
+    "A shipped autoencoder by its name (`sae-shakespeare/layer2/seed0`), one from a folder, or, with `sae_id`, a released one from the hub: `path` is then the release, as sae-lens names it. With a `model` it is checked by `check_sae`, and goes to the model's device (`device=None`; else the processor). `InputError` for a folder that holds none, a release that cannot be had, and what `check_sae` refuses."
     SAE = _sae_lens().SAE
     device = str(device or (model.cfg.device if model is not None else "cpu"))
     if sae_id is None:
+        if str(path) in (shipped := shipped_saes()): path = home() / "models" / path
         for name in ("cfg.json", "sae_weights.safetensors"):
-            if not (Path(path) / name).is_file(): raise InputError("path", str(path), f"no {name} in this folder; for a released autoencoder pass its release and sae_id")
+            if not (Path(path) / name).is_file(): raise InputError("path", str(path), f"no {name} in this folder; shipped: {', '.join(shipped) or 'none'}; for a released autoencoder pass its release and sae_id")
         try: sae = SAE.load_from_disk(path, device=device)
         except Exception as error: raise InputError("path", str(path), f"cannot be read as an autoencoder: {str(error).splitlines()[0]}") from error
     else:
@@ -584,10 +590,11 @@ class _Words(dict):
 def _short(value: float) -> float: return float(f"{value:.3g}")
 
 def _example(words: _Words, rows: Int[Tensor, "row pos"], found: _Strongest, seen: Int[Tensor, "k feature window"], feature: int, i: int, before: int) -> list:
-    "A strongest place: value, the tokens around it, how active the feature is at each (hundredths), and which of them is the strongest."
+    "A strongest place: value, the tokens around it (one string where each is a letter), how active the feature is at each (35ths of its largest value, a letter or digit each), and which of them is the strongest."
     row, at = int(found.row[i, feature]), int(found.at[i, feature])
     first, last = max(0, at - before), min(rows.shape[1], at - before + seen.shape[2])
-    return [_short(found.value[i, feature].item()), [words[token] for token in rows[row, first:last].tolist()], seen[i, feature, first - at + before:last - at + before].tolist(), at - first]
+    tokens, strengths = [words[token] for token in rows[row, first:last].tolist()], seen[i, feature, first - at + before:last - at + before]
+    return [_short(found.value[i, feature].item()), "".join(tokens) if all(len(token.encode()) == 1 for token in tokens) else tokens, "".join("0123456789abcdefghijklmnopqrstuvwxyz"[round(value * 0.35)] for value in strengths.tolist()), at - first]
 
 def _script(name: str, value: Any) -> str:
     "A call of a function of the page."
@@ -638,7 +645,7 @@ const mean=f.rise.length?f.rise.reduce((a,b)=>a+b)/f.rise.length:null;
 $("shown").innerHTML=`<h2>Feature ${id}${f.about?": "+esc(f.about):""}</h2><p>Active in ${(100*f.density).toPrecision(3)}% of POSITIONS positions, at most ${f.most}. Nearest direction: <a href="#${f.near[0]}" data-id="${f.near[0]}">${f.near[0]}</a>, cosine ${f.near[1]}.${mean===null?"":` Without it the loss of the ten tokens behind its strongest places rises by ${mean.toPrecision(3)} nats (${f.rise.join(", ")}).`}</p>`+
 (f.up.length?`<p>Raises <code>${f.up.map(vis).join("</code> <code>")}</code>; lowers <code>${f.down.map(vis).join("</code> <code>")}</code></p>`:"")+
 `<svg viewBox="0 0 244 70" role="img" aria-label="how often the feature has which strength"><g fill="#4a78b0">${f.bins.map((c,i)=>`<rect x="${2+i*w}" width="${w-1}" y="${c?56-50*Math.log1p(c)/Math.log1p(top):56}" height="${c?50*Math.log1p(c)/Math.log1p(top):0}"><title>${c}</title></rect>`).join("")}</g><text x="2" y="68" font-size="9" fill="currentColor">0</text><text x="242" y="68" font-size="9" text-anchor="end" fill="currentColor">${f.most}; how often, on a logarithmic scale</text></svg>`+
-f.rows.map(([v,t,a,m])=>`<pre title="${v}">${t.map((s,i)=>{const c=`<span style="background:rgba(230,120,20,${a[i]/120})">${vis(s)}</span>`;return i===m?`<b>${c}</b>`:c}).join("")} <small>${v}</small></pre>`).join("");}
+f.rows.map(([v,t,a,m])=>`<pre title="${v}">${[...t].map((s,i)=>{const c=`<span style="background:rgba(230,120,20,${parseInt(a[i],36)/42})">${vis(s)}</span>`;return i===m?`<b>${c}</b>`:c}).join("")} <small>${v}</small></pre>`).join("");}
 addEventListener("click",e=>{const b=e.target.closest("[data-id]");if(b){e.preventDefault();location.hash=b.dataset.id}});addEventListener("hashchange",chosen);$("q").addEventListener("input",find);
 for(let i=0;i<LISTS;i++){const s=document.createElement("script");s.src="listed-"+i+".js";document.head.append(s)}
 </script></html>

@@ -8,6 +8,8 @@ from mechinterp_lib.core import generator, home, read_json
 from mechinterp_lib.data import encode, has_corpus, load_text, repeated_random, split
 from mechinterp_lib.logit_lens import lens_statistics, load_tuned_lens
 from mechinterp_lib.models import describe_model, list_models, load_model, written_by
+from mechinterp_lib.sae import evaluate_sae, load_sae, shipped_saes
+from mechinterp_lib.subjects import shipped_subjects, untrained_twin
 from mechinterp_lib.training import load_recipe, validation_loss, validation_rows
 
 NAMES = [name for name in list_models() if not re.match(r"addition-\w+/seed[1-9]", name)]       # of the addition models the first; test_addition.py looks at all
@@ -57,3 +59,13 @@ def test_the_lens_beside_a_model_of_text_is_its_own_and_nearer_to_the_end(name):
     rows, lens = written_by(model, 4, 64), load_tuned_lens(name, model)
     plain, translated = (lens_statistics(model, rows, **options)["kl"].mean(1) for options in ({}, {"mode": "tuned", "tuned": lens}))
     assert lens.weight.dtype == torch.float16 and (translated[:-1] < plain[:-1]).all() and abs(translated[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("name", shipped_saes())
+def test_an_autoencoder_keeps_what_its_model_does(name):
+    pytest.importorskip("sae_lens")
+    subject, path = shipped_subjects(["shakespeare"])[0], home() / "models" / name
+    model = untrained_twin(subject) if "untrained" in name else subject.open()
+    quality = evaluate_sae(load_sae(name, model=model), model, written_by(subject.open(), 16, 128)).results
+    assert quality["l0"].value <= 32 and quality["explained_variance"].value > 0.7 and (path / "sae_weights.safetensors").stat().st_size < 10e6
+    if "untrained" not in name: assert quality["ce_recovered_mean"].value > 0.95 and quality["dead"].value < 0.05

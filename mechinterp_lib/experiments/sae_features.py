@@ -133,7 +133,7 @@ def detectors(scores: Float[np.ndarray, "problem feature"], labels: Bool[np.ndar
 # %% ../../nbs/24_sae_features.ipynb #5c7977b4
 SIZE, ACTIVE, PROBLEMS = 512, 8, 2000                                                              # features, how many of them are active, and how many training problems detectors are chosen on
 
-def sums_sae(model: TransformerBridge, hook: str, n_samples: int = 2**20, seed: int = 0) -> SAE:
+def sums_sae(model: TransformerBridge, hook: str, n_samples: int = 2**19, seed: int = 0) -> SAE:
     "An autoencoder of what a hook sees in all places of the training problems with answers of two digits."
     return train_sae(model, hook, ask(model, problems_of("train", length=2), "units").rows, d_sae=SIZE, k=ACTIVE, n_samples=n_samples, batch_size=1024, lr=1e-3, seed=seed, progress=False)
 
@@ -736,7 +736,7 @@ def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
 
 
 # %% ../../nbs/24_sae_features.ipynb #727288e4
-_SUMS = {"features": SIZE, "active": ACTIVE, "samples": 2**20, "problems": PROBLEMS}
+_SUMS = {"features": SIZE, "active": ACTIVE, "samples": 2**19, "problems": PROBLEMS}
 
 def _sums_models() -> list[Path]:
     "The models that are asked what they know of sums."
