@@ -66,6 +66,6 @@ def test_an_autoencoder_keeps_what_its_model_does(name):
     pytest.importorskip("sae_lens")
     subject, path = shipped_subjects(["shakespeare"])[0], home() / "models" / name
     model = untrained_twin(subject) if "untrained" in name else subject.open()
-    quality = evaluate_sae(load_sae(name, model=model), model, written_by(subject.open(), 16, 128)).results
+    quality = evaluate_sae(load_sae(name, model=model), model, written_by(subject.open(), 8, 128)).results
     assert quality["l0"].value <= 32 and quality["explained_variance"].value > 0.7 and (path / "sae_weights.safetensors").stat().st_size < 10e6
     if "untrained" not in name: assert quality["ce_recovered_mean"].value > 0.95 and quality["dead"].value < 0.05
