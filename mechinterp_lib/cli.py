@@ -195,7 +195,7 @@ def findings(names: Sequence[str] = EXPERIMENTS) -> str:
         if (results_dir(name) / "summary.json").exists():
             try: lines = _experiment(name).findings(load_results(name))
             except KeyError as error: raise InputError("results", name, f"the summary lacks {error}; make it again with: mechinterp run {name}") from error
-            parts.append("\n".join([f"## {name.replace('_', ' ').capitalize()}", "", *(f"- {line}" for line in lines)]))
+            parts.append("\n".join([f"## {name.replace('_', ' ').capitalize().replace('Sae', 'SAE')}", "", *(f"- {line}" for line in lines)]))
     return "# Findings\n\nBrackets hold 95% intervals and n.\n\n" + ("\n\n".join(parts) or "No results yet.") + "\n"
 
 def cmd_report(args: argparse.Namespace) -> int:

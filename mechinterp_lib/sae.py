@@ -116,6 +116,8 @@ def save_sae(sae: SAE, path: str | Path) -> Path:
     write_json(Path(path) / "cfg.json", config | {"device": "cpu"})
     return Path(path)
 
+
+# %% ../nbs/12_sae.ipynb #4d0832c9
 def shipped_saes() -> list[str]:
     "The names of the shipped autoencoders: every folder below `models/` that holds a `cfg.json`."
     root = home() / "models"
