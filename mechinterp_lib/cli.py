@@ -13,7 +13,7 @@ from typing import NoReturn
 from .core import (PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir,
                                  run_stage, write_text)
 
-EXPERIMENTS = ("induction_heads", "head_taxonomy", "prediction_formation", "addition_circuits", "sae_features")
+EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features"}      # and what their findings are headed
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'cmd_run',
@@ -195,7 +195,7 @@ def findings(names: Sequence[str] = EXPERIMENTS) -> str:
         if (results_dir(name) / "summary.json").exists():
             try: lines = _experiment(name).findings(load_results(name))
             except KeyError as error: raise InputError("results", name, f"the summary lacks {error}; make it again with: mechinterp run {name}") from error
-            parts.append("\n".join([f"## {name.replace('_', ' ').capitalize().replace('Sae', 'SAE')}", "", *(f"- {line}" for line in lines)]))
+            parts.append("\n".join([f"## {EXPERIMENTS[name]}", "", *(f"- {line}" for line in lines)]))
     return "# Findings\n\nBrackets hold 95% intervals and n.\n\n" + ("\n\n".join(parts) or "No results yet.") + "\n"
 
 def cmd_report(args: argparse.Namespace) -> int:

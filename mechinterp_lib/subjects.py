@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from .attention_analysis import untrained_copy
-from .core import Result, check_choice, home
+from .core import Result, check_choice, home, results_dir
 from .data import char_tokenizer, encode, fetch, has_corpus, load_text
 from .models import as_bridge, list_models, load_model
 from .statistics import mean_result, rate_result, seeds_result
@@ -30,7 +30,7 @@ __all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'ADDITION', 'Asks', 'Passes
            'untrained_twin', 'untrained_subjects', 'public_subjects', 'bos_token', 'with_bos', 'token_options',
            'subject_tokens', 'shown_tokens', 'passages', 'moments', 'some_steps', 'shipped_runs', 'moments_missing',
            'lasting_from', 'over_seeds', 'key', 'kept', 'brief', 'in_parallel', 'gathered', 'as_predicted',
-           'corpus_missing', 'babyllama_missing', 'subject_files']
+           'corpus_missing', 'babyllama_missing', 'subject_files', 'stored_tables', 'tables_missing']
 
 # %% ../nbs/13_subjects.ipynb #db6b4ee3
 @dataclass(frozen=True)
@@ -219,3 +219,13 @@ def babyllama_missing() -> str | None:
 def subject_files(families: Sequence[str], *corpora: str) -> list[Path]:
     "What a stage reads: the shipped models of these families and these corpora."
     return [home() / "models" / family for family in families if (home() / "models" / family).exists()] + [fetch(name) for name in corpora]
+
+def stored_tables(experiment: str, names: Sequence[str]) -> list[Path]:
+    "The stored tables of an experiment that another stage of it reads."
+    return [results_dir(experiment) / f"{name}.csv" for name in names]
+
+def tables_missing(experiment: str, names: Sequence[str]) -> str | None:
+    "Why a stage that reads these tables cannot be made, or None."
+    gone = [path.name for path in stored_tables(experiment, names) if not path.exists()]
+    return f"{', '.join(gone)} not made yet" if gone else None
+

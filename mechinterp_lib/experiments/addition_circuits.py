@@ -16,13 +16,13 @@ import numpy as np
 from ..activation_patching import Task, logit_diff
 from ..addition import ABLATIONS, CHUNK, ERRORS, PAIRS, Asked, ablated, activations_of, ask, at_place, carries, evaluate_addition, favourite, flips, known_pairs, problems_of, streams, summary_of, unit_sums
 from ..circuits import Runner, evaluate_circuit, find_circuit, halves
-from ..core import InputError, Result, Stage, atomic_path, home, load_table, read_json, results_dir, write_text
+from ..core import InputError, Result, Stage, atomic_path, home, load_table, read_json, write_text
 from ..data import PLACES, addition_problems
 from ..interventions import Edit, Replay, capture, hook_name, norm_gain
 from ..logit_lens import stream_contributions
 from ..models import head_label, load_model
 from ..statistics import benjamini_hochberg, permutation_test, rate_result, wilson_interval
-from ..subjects import ADDITION, Asks, Subject, Passes, as_predicted, brief, gathered, lasting_from, shipped_subjects, untrained_twin
+from ..subjects import ADDITION, Asks, Passes, Subject, as_predicted, brief, gathered, lasting_from, shipped_subjects, stored_tables, tables_missing, untrained_twin
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -1000,19 +1000,10 @@ def _files() -> list[Path]:
     "The models that add, and what they were halfway."
     return [home() / "models" / name for subject in shipped_subjects(ADDITION) for name in (f"{subject.family}/seed{subject.seed}", early_name(subject))]
 
-def _tables(names: Sequence[str]) -> list[Path]:
-    "The stored tables of other stages."
-    return [results_dir(EXPERIMENT) / f"{name}.csv" for name in names]
-
-def _tables_missing(names: Sequence[str]) -> str | None:
-    "Why a stage that reads stored tables cannot be made, or None."
-    gone = [path.name for path in _tables(names) if not path.exists()]
-    return f"{', '.join(gone)} not made yet" if gone else None
-
 _SIZES = {"problems": PROBLEMS, "pairs": FLIP_PAIRS, "learned": LEARNED}
 _MAKE = {"accuracy": accuracy_stage, "halfway": halfway_stage, "ablation": ablation_stage, "flips": flips_stage, "places": places_stage, "carry": carry_stage, "algorithm": algorithm_stage, "wordings": wordings_stage, "circuits": circuits_stage, "waves": waves_stage, "beyond": beyond_stage}
 STAGES = {name: Stage(make, _SIZES, SEEDS, _files, lambda: None if shipped_subjects(ADDITION) else "no model that adds is shipped here") for name, make in _MAKE.items()}
-STAGES |= {name: Stage(make, _SIZES, SEEDS, partial(_tables, reads), partial(_tables_missing, reads)) for name, make, reads in (("ways", ways_stage, ("places", "ablation")), ("predictions", predictions_stage, [f"{name}_seeds" for name in _MAKE]))}
+STAGES |= {name: Stage(make, _SIZES, SEEDS, partial(stored_tables, EXPERIMENT, reads), partial(tables_missing, EXPERIMENT, reads)) for name, make, reads in (("ways", ways_stage, ("places", "ablation")), ("predictions", predictions_stage, [f"{name}_seeds" for name in _MAKE]))}
 
 # %% ../../nbs/23_addition_circuits.ipynb #ce030a74
 def analyse(model: TransformerBridge, out: str | Path, n: int = 200) -> dict[str, pd.DataFrame]:

@@ -5,7 +5,7 @@
 # %% ../../nbs/24_sae_features.ipynb #ecdfb2b5
 from __future__ import annotations
 
-import itertools, operator, re, tempfile
+import contextlib, itertools, operator, re, string, tempfile
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from ..addition import Asked, ask, at_place, activations_of, carries, problems_of, unit_sums
-from ..core import Result, Stage, cache_dir, generator, home, load_table, results_dir
-from ..interventions import hook_name
+from ..core import Result, Stage, cache_dir, generator, home, load_table
+from ..interventions import hook_name, replaced
 from ..sae import ablate_feature, activations_at, corpus_rows, encoded, evaluate_sae, feature_splitting, fit_sae, load_sae, match_directions, planted_batches, planted_codes, planted_dictionary, steer_with_feature, train_sae
-from ..statistics import bootstrap_ci, mean_result, rate_result, seeds_result
-from ..subjects import ADDITION, Passes, Subject, as_predicted, brief, corpus_missing, gathered, in_parallel, kept, over_seeds, shipped_subjects, subject_files, subject_tokens, untrained_twin
+from ..statistics import bootstrap_ci, mean_result, rate_result
+from ..subjects import ADDITION, Passes, Subject, as_predicted, brief, corpus_missing, gathered, in_parallel, kept, over_seeds, shipped_subjects, stored_tables, subject_files, subject_tokens, tables_missing, untrained_twin
 
 if TYPE_CHECKING:
     import pandas as pd, torch
@@ -32,14 +32,14 @@ EXPERIMENT = "sae_features"
 # %% auto #0
 __all__ = ['EXPERIMENT', 'FOUND', 'CASES', 'SIZE', 'ACTIVE', 'PROBLEMS', 'LAYERS', 'WIDTHS', 'SPARSITIES', 'SHIPPED',
            'DICTIONARIES', 'ROWS', 'QUALITY', 'Kind', 'FITS', 'LEAST', 'CUTS', 'SETS', 'BY_HAND', 'NOT_DESCRIBED',
-           'CAPITALS', 'MARKS', 'FORETOLD', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'ALL',
-           'PREDICTED_PLANTED', 'PREDICTED_SHAKESPEARE', 'STAGES', 'Planted', 'recovered', 'planted_row', 'concepts',
-           'best_cuts', 'f1_of', 'Detectors', 'detectors', 'sums_sae', 'probe_scores', 'scores_of', 'detection_rows',
-           'as_frequent', 'carry_without', 'sums_of_model', 'Dictionary', 'reader', 'text_rows', 'store_activations',
-           'trained_on', 'make_dictionaries', 'some_rows', 'quality_of', 'seed_agreement', 'quality_stage',
-           'word_kinds', 'line_kinds', 'letter_kinds', 'Descriptions', 'descriptions', 'halves', 'fitted',
-           'features_on', 'random_features', 'described_set', 'described_stage', 'ending_places', 'by_hand_stage',
-           'share_of', 'written', 'nearest_in_size', 'causes_of', 'causes_stage', 'planted_stage', 'sums_stage',
+           'FORETOLD', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'PREDICTED_PLANTED',
+           'PREDICTED_SHAKESPEARE', 'STAGES', 'Planted', 'recovered', 'planted_row', 'concepts', 'best_cuts', 'f1_of',
+           'Detectors', 'detectors', 'sums_sae', 'probe_scores', 'scores_of', 'detection_rows', 'as_frequent',
+           'carry_without', 'sums_of_model', 'Dictionary', 'reader', 'text_rows', 'store_activations', 'trained_on',
+           'make_dictionaries', 'some_rows', 'quality_of', 'seed_agreement', 'quality_stage', 'word_kinds',
+           'line_kinds', 'letter_kinds', 'Descriptions', 'descriptions', 'halves', 'fitted', 'seen_on', 'features_on',
+           'random_features', 'described_set', 'described_stage', 'ending_places', 'by_hand_stage', 'share_of',
+           'written', 'nearest_in_size', 'taken_along', 'causes_of', 'causes_stage', 'planted_stage', 'sums_stage',
            'predictions_stage', 'findings']
 
 # %% ../../nbs/24_sae_features.ipynb #9e4f09a9
@@ -230,7 +230,9 @@ class Dictionary:
         return cache_dir() / family / f"{self.k}-of-{self.d_sae}" / place
 
     @property
-    def name(self) -> str: return f"{'trained' if self.trained else 'untrained'}_{self.layer}_{self.k}_{self.d_sae}"
+    def name(self) -> str:
+        "What its numbers are called, whatever its seed."
+        return f"{'trained' if self.trained else 'untrained'}_{self.layer}_{self.k}_{self.d_sae}"
 
 SHIPPED = [Dictionary(layer, seed=seed, trained=trained) for layer in LAYERS for trained, seed in ((True, 0), (True, 1), (True, 2), (False, 0))]
 DICTIONARIES = SHIPPED + [one for layer, d_sae, k in itertools.product(LAYERS, WIDTHS, SPARSITIES) for trained, seed in ((True, 0), (True, 1), (True, 2), (False, 0), (False, 1), (False, 2))
@@ -252,16 +254,15 @@ def store_activations(model: TransformerBridge, hook: str, rows: Int[Tensor, "ro
     with open(path, "wb") as file:
         for some in rows.split(chunk): file.write(activations_at(model, hook, some).half().numpy().tobytes())
 
-def trained_on(one: Dictionary, path: Path) -> Path:
-    "Train a dictionary on stored activations; where it was killed, it goes on."
+def trained_on(item: tuple[Dictionary, Path]) -> Path:
+    "Train a dictionary on the activations that are stored in a file; where it was killed, it goes on."
     import torch
+    one, path = item
     model = reader(one.trained)
     rows = text_rows(model)[0]
     values = torch.from_file(str(path), size=rows.numel() * model.cfg.d_model, dtype=torch.float16).view(-1, model.cfg.d_model)
     train_sae(model, hook_name(model, "resid_post", one.layer), rows, d_sae=one.d_sae, k=one.k, n_samples=2**20, batch_size=1024, lr=1e-3, seed=one.seed, stored=values, out=one.folder, device="cpu", autocast=False, progress=False)
     return one.folder
-
-def _trained_on(pair: tuple[Dictionary, Path]) -> Path: return trained_on(*pair)
 
 def make_dictionaries(wanted: Sequence[Dictionary] = DICTIONARIES) -> None:
     "Train the dictionaries that are not there yet, a layer at a time."
@@ -271,7 +272,7 @@ def make_dictionaries(wanted: Sequence[Dictionary] = DICTIONARIES) -> None:
         model = reader(trained)
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
             store_activations(model, hook_name(model, "resid_post", layer), text_rows(model)[0], path := Path(folder) / "activations.f16")
-            in_parallel(_trained_on, [(one, path) for one in missing], "autoencoder")
+            in_parallel(trained_on, [(one, path) for one in missing], "autoencoder")
 
 
 # %% ../../nbs/24_sae_features.ipynb #1845afb0
@@ -307,22 +308,20 @@ def quality_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         some = list(some)
         for measure in QUALITY:
             values = [found[one][measure] for one in some if measure in found[one]]
-            if len(values) > 1: results[f"{name}_{measure}"] = seeds_result([value.value for value in values], unit=values[0].unit, how=f"{values[0].how.split(';')[0]}; {ROWS} rows of unseen text")
+            if len(values) > 1: results[f"{name}_{measure}"] = over_seeds([np.array([value.value]) for value in values], f"{values[0].how.split(';')[0]}; {ROWS} rows of unseen text", values[0].unit, (0, 1) if measure in ("dead", "frequent") else None)
             elif values: results[f"{name}_{measure}"] = values[0]
     agreement, splits = _agreement(), _splits()
-    for (trained, layer, k, d_sae), of in agreement.groupby(["trained", "layer", "k", "d_sae"]):
-        for measure, text in (("cosine", "cosine of the directions of two seeds, matched one to one"), ("agree", "share of the directions that have a match with a cosine of 0.7 or more in another seed")): results[f"{'trained' if trained else 'untrained'}_{layer}_{k}_{d_sae}_{measure}"] = over_seeds([np.array([value]) for value in of[measure]], f"{text}, of each pair of three seeds", "", (0, 1))
+    for name, of in agreement.groupby("name"):
+        for measure, text in (("cosine", "cosine of the directions of two seeds, matched one to one"), ("agree", "share of the directions that have a match with a cosine of 0.7 or more in another seed")): results[f"{name}_{measure}"] = over_seeds([np.array([value]) for value in of[measure]], f"{text}, of each pair of three seeds", "", (0, 1))
     for (layer, k), of in splits.groupby(["layer", "k"]): results[f"split_{layer}_{k}"] = over_seeds([np.array([value]) for value in of.split], f"share of the features of {WIDTHS[0]} that two or more of {WIDTHS[1]} are nearest to, with a cosine of at least 0.5", "", (0, 1))
     return results, {"quality": pd.DataFrame(rows).round(5), "agreement": agreement.round(5), "splits": splits.round(5)}
 
 def _agreement() -> pd.DataFrame:
-    "How far the seeds of a dictionary agree, pair by pair."
+    "How far the seeds of a dictionary agree, pair by pair; and dictionaries of directions drawn at random."
     import pandas as pd
-    rows = []
-    for (trained, layer, k, d_sae), some in itertools.groupby(sorted(DICTIONARIES, key=lambda one: (one.trained, one.layer, one.k, one.d_sae, one.seed)), key=lambda one: (one.trained, one.layer, one.k, one.d_sae)):
-        found = seed_agreement([load_sae(one.folder).W_dec.detach() for one in some])
-        rows += [{"trained": trained, "layer": layer, "k": k, "d_sae": d_sae, "pair": i, "cosine": cosine, "agree": agree} for i, (cosine, agree) in enumerate(zip(*found))]
-    return pd.DataFrame(rows)
+    seeds = {name: [load_sae(one.folder).W_dec.detach() for one in some] for name, some in itertools.groupby(sorted(DICTIONARIES, key=lambda one: (one.name, one.seed)), key=lambda one: one.name)}
+    seeds |= {f"random_{d_sae}": [planted_dictionary(seeds[DICTIONARIES[0].name][0].shape[1], d_sae, seed) for seed in range(3)] for d_sae in WIDTHS}
+    return pd.DataFrame([{"name": name, "pair": i, "cosine": cosine, "agree": agree} for name, directions in seeds.items() for i, (cosine, agree) in enumerate(zip(*seed_agreement(directions)))])
 
 def _splits() -> pd.DataFrame:
     "How many features of each narrow dictionary have two or more in the wide one of its seed."
@@ -426,6 +425,10 @@ def _scores(active: Bool[np.ndarray, "place feature"], said: Bool[np.ndarray, "p
 
 
 # %% ../../nbs/24_sae_features.ipynb #7557680c
+def seen_on(model: TransformerBridge, hook: str, rows: Int[Tensor, "row pos"], chunk: int = 32) -> Float[np.ndarray, "place width"]:
+    "What a hook sees in every place of some rows."
+    return np.concatenate([activations_at(model, hook, some).numpy() for some in rows.split(chunk)])
+
 def features_on(model: TransformerBridge, sae: SAE, rows: Int[Tensor, "row pos"], chunk: int = 32) -> Float[np.ndarray, "place feature"]:
     "How active each feature is in every place of some rows, `4 * places * features` bytes."
     return np.concatenate([encoded(sae, activations_at(model, sae.cfg.metadata.hook_name, some)[:, None])[0][:, 0].numpy() for some in rows.split(chunk)])
@@ -443,8 +446,8 @@ def described_set(item: tuple[str, Dictionary]) -> pd.DataFrame:
     kind, one = item
     model = reader(one.trained)
     rows = text_rows(model)[1]
-    if kind == "neurons": acts = np.concatenate([activations_at(model, hook_name(model, "post", one.layer), some).numpy() for some in rows.split(32)])
-    elif kind == "random": acts = random_features(np.concatenate([activations_at(model, hook_name(model, "resid_post", one.layer), some).numpy() for some in rows.split(32)]), one.d_sae, one.k)
+    if kind == "neurons": acts = seen_on(model, hook_name(model, "post", one.layer), rows)
+    elif kind == "random": acts = random_features(seen_on(model, hook_name(model, "resid_post", one.layer), rows), one.d_sae, one.k)
     else: acts = features_on(model, load_sae(one.folder, model=model), rows)
     if kind == "shuffled": acts = np.random.default_rng(0).permutation(acts)
     looked = halves(len(acts), rows.shape[1])
@@ -549,8 +552,7 @@ def by_hand_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
 
 
 # %% ../../nbs/24_sae_features.ipynb #92ac816d
-CAPITALS, MARKS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", " ,.;:!?\n"
-FORETOLD = {(2, 233): "nsl y", (2, 309): "oeai", (4, 514): "l", (4, 657): "-", (4, 416): "\n", (4, 702): CAPITALS, (4, 381): "ine", (4, 663): MARKS, (4, 257): "rolu", (4, 690): "eyurol"}
+FORETOLD = {(2, 233): "nsl y", (2, 309): "oeai", (4, 514): "l", (4, 657): "-", (4, 416): "\n", (4, 702): string.ascii_uppercase, (4, 381): "ine", (4, 663): " ,.;:!?\n", (4, 257): "rolu", (4, 690): "eyurol"}
 
 def share_of(model: TransformerBridge, rows: Int[Tensor, "case pos"], at: Int[Tensor, "case"], ids: Sequence[int], chunk: int = 32) -> Float[np.ndarray, "case"]:
     "The probability that the letter after a place of each row is one of some."
@@ -566,12 +568,15 @@ def written(model: TransformerBridge, prompts: Int[Tensor, "case pos"], n: int =
         tokens = torch.cat([tokens, (chances < draws[:, [step]]).sum(-1, keepdim=True).clamp(max=chances.shape[1] - 1)], 1)
     return tokens[:, prompts.shape[1]:]
 
-def nearest_in_size(acts: Float[np.ndarray, "place feature"], lengths: Float[np.ndarray, "feature"], feature: int, n: int = 10) -> Int[np.ndarray, "n"]:
-    "The other features whose mean contribution to the stream in some places is nearest in size."
-    size = acts.mean(0) * lengths
-    distance = np.abs(size - size[feature])
+def nearest_in_size(acts: Float[np.ndarray, "place feature"], feature: int, n: int = 10) -> Int[np.ndarray, "n"]:
+    "The other features that are, on average over some places, most nearly as active; directions have length 1, so these put most nearly as much into the stream."
+    distance = np.abs(acts.mean(0) - acts[:, feature].mean())
     distance[feature] = np.inf
     return np.argsort(distance, kind="stable")[:n]
+
+def taken_along(model: TransformerBridge, sae: SAE, feature: int, other: int) -> contextlib.AbstractContextManager[TransformerBridge]:
+    "Inside the block the stream lacks as much as a feature puts into it, but along another feature's direction."
+    return replaced(model, {sae.cfg.metadata.hook_name: lambda value: value - encoded(sae, value)[0][..., [feature]] * sae.W_dec.detach()[other]})
 
 
 # %% ../../nbs/24_sae_features.ipynb #e907e331
@@ -581,7 +586,7 @@ def causes_of(key: tuple[int, int], places: int = 64, prompts: int = 24) -> pd.D
     layer, feature = key
     model = reader()
     sae, rows = load_sae(Dictionary(layer).folder, model=model), text_rows(model)[1]
-    acts, lengths, width = features_on(model, sae, rows), sae.W_dec.detach().norm(dim=1).numpy(), rows.shape[1]
+    acts, width = features_on(model, sae, rows), rows.shape[1]
     looked, ids, most = halves(len(acts), width), [model.tokenizer.get_vocab()[letter] for letter in FORETOLD[key]], acts.max(0)
     at = np.flatnonzero((acts[:, feature] >= most[feature] / 2) & ~looked & (np.arange(len(acts)) % width < width - 1))
     at = at[np.linspace(0, len(at) - 1, min(places, len(at))).round().astype(int)]
@@ -589,27 +594,28 @@ def causes_of(key: tuple[int, int], places: int = 64, prompts: int = 24) -> pd.D
     starts = some_rows(prompts, rows[~looked[::width]])[:, :16].long()
     plain, unsteered = share_of(model, some, where, ids), np.isin(written(model, starts), ids).mean(1)
     found = []
-    for one in (feature, *nearest_in_size(acts[at], lengths, feature)):
-        with ablate_feature(model, sae, int(one)): fall = plain - share_of(model, some, where, ids)
-        with steer_with_feature(model, sae, int(one), float(most[feature] * lengths[feature] / lengths[one]), how="set"): steered = np.isin(written(model, starts), ids).mean(1)
-        found.append({"layer": layer, "described": feature, "feature": int(one), "own": one == feature, "places": len(at), "size": float(acts[at][:, one].mean() * lengths[one]), "plain": plain.mean(), "fall": fall.mean(), "unsteered": unsteered.mean(), "steered": steered.mean(), **dict(zip(("fall_low", "fall_high"), bootstrap_ci(fall)[1:]))})
+    for one in map(int, (feature, *nearest_in_size(acts[at], feature))):
+        with ablate_feature(model, sae, one): fall = plain - share_of(model, some, where, ids)
+        with taken_along(model, sae, feature, one): along = plain - share_of(model, some, where, ids)
+        with steer_with_feature(model, sae, one, float(most[feature]), how="set"): steered = np.isin(written(model, starts), ids).mean(1)
+        found.append({"layer": layer, "described": feature, "feature": one, "own": one == feature, "places": len(at), "size": float(acts[at, one].mean()), "plain": plain.mean(), "fall": fall.mean(), "along": along.mean(), "unsteered": unsteered.mean(), "steered": steered.mean(), **dict(zip(("fall_low", "fall_high"), bootstrap_ci(fall)[1:]))})
     return pd.DataFrame(found)
 
 def causes_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Whether ten features do what their descriptions make us expect, more than ten others each."
     import pandas as pd
     table = pd.concat(in_parallel(causes_of, list(FORETOLD), "feature"), ignore_index=True)
-    what = {"fall": "share of the ten features without which the letters foretold become less likely where it is active", "most": "share of the ten without which they become less likely, and more so than without any of ten others", "steered": "share of the ten that make the letters foretold more frequent in what the model writes",
+    what = {"fall": "share of the ten features without which the letters foretold become less likely where it is active", "most": "share of the ten without which they become less likely, and more so than without any of ten others", "along": "share of the ten without which they become less likely, and more so than when as much is taken along the direction of any of the ten others", "steered": "share of the ten that make the letters foretold more frequent in what the model writes",
             "steered_most": "share of the ten that make them more frequent, and more so than any of ten others pushed as far", "both": "share of the ten of which all that was foretold holds"}
     results = {f"causes_{name}": rate_result(int(of.sum()), len(of), unit="", how=what[name]) for name, of in _as_foretold(table).items()}
-    for name, kind in (("own", table[table.own]), ("others", table[~table.own])): results |= {f"causes_{measure}_{name}": mean_result(kind[measure].to_numpy(), unit="", how=f"{text}; mean over {'the ten features' if name == 'own' else 'their controls'}", groups=None if name == "own" else kind.layer * 1000 + kind.described) for measure, text in (("fall", "fall of the probability of the letters foretold"), ("steered", "share of what the model writes that are the letters foretold"), ("unsteered", "the same without any change"))}
+    for name, kind in (("own", table[table.own]), ("others", table[~table.own])): results |= {f"causes_{measure}_{name}": mean_result(kind[measure].to_numpy(), unit="", how=f"{text}; mean over {'the ten features' if name == 'own' else 'their controls'}", groups=None if name == "own" else kind.layer * 1000 + kind.described) for measure, text in (("fall", "fall of the probability of the letters foretold"), ("along", "the same when as much is taken along a direction as the feature puts into the stream"), ("size", "how much is there of a feature in the places that are asked about"), ("steered", "share of what the model writes that are the letters foretold"), ("unsteered", "the same without any change"))}
     return results, {"causes": table.round(5)}
 
 def _as_foretold(table: pd.DataFrame) -> dict[str, pd.Series]:
     "For each of the ten features what holds of what was foretold."
-    own, most = table[table.own].set_index(["layer", "described"]), table[~table.own].groupby(["layer", "described"], sort=False)[["fall", "steered"]].max()
+    own, most = table[table.own].set_index(["layer", "described"]), table[~table.own].groupby(["layer", "described"], sort=False)[["fall", "along", "steered"]].max()
     falls, most_fall, steers = own.fall > 0, own.fall > most.fall.loc[own.index], own.steered > own.unsteered
-    return {"fall": falls, "most": falls & most_fall, "steered": steers, "steered_most": steers & (own.steered > most.steered.loc[own.index]), "both": falls & most_fall & steers}
+    return {"fall": falls, "most": falls & most_fall, "along": falls & (own.fall > most.along.loc[own.index]), "steered": steers, "steered_most": steers & (own.steered > most.steered.loc[own.index]), "both": falls & most_fall & steers}
 
 
 # %% ../../nbs/24_sae_features.ipynb #fc30354c
@@ -651,26 +657,31 @@ def sums_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     return {name.replace("'", "").replace(" ", "_"): result for name, result in results.items()}, tables
 
 OPERANDS = ("a tens", "b tens", "a units", "b units")
+
+def _of_operands(of: pd.DataFrame, by: str) -> pd.Series:
+    "The mean F1 for the operands' digits after layer 0, of each model."
+    return of[[f"f1_{kind}_{by}_0" for kind in OPERANDS]].mean(axis=1, skipna=False)
+
 PREDICTED: dict[str, tuple[str, Passes]] = {
-    "4_half": ("the best features for the operands' digits reach a mean F1 of 0.5", lambda of: of[[f"f1_{kind}_feature_0" for kind in OPERANDS]].mean(axis=1, skipna=False) >= 0.5),
-    "4_neuron": ("more than the best neurons", lambda of: of[[f"f1_{kind}_feature_0" for kind in OPERANDS]].mean(axis=1, skipna=False) > of[[f"f1_{kind}_neuron_0" for kind in OPERANDS]].mean(axis=1, skipna=False)),
-    "4_random": ("more than the best random directions", lambda of: of[[f"f1_{kind}_feature_0" for kind in OPERANDS]].mean(axis=1, skipna=False) > of[[f"f1_{kind}_random_0" for kind in OPERANDS]].mean(axis=1, skipna=False)),
-    "4_probe": ("less than linear probes", lambda of: of[[f"f1_{kind}_feature_0" for kind in OPERANDS]].mean(axis=1, skipna=False) < of[[f"f1_{kind}_probe_0" for kind in OPERANDS]].mean(axis=1, skipna=False)),
+    "4_half": ("the best features for the operands' digits reach a mean F1 of 0.5", lambda of: _of_operands(of, "feature") >= 0.5),
+    "4_neuron": ("more than the best neurons", lambda of: _of_operands(of, "feature") > _of_operands(of, "neuron")),
+    "4_random": ("more than the best random directions", lambda of: _of_operands(of, "feature") > _of_operands(of, "random")),
+    "4_probe": ("less than linear probes", lambda of: _of_operands(of, "feature") < _of_operands(of, "probe")),
     "5_feature": ("the best feature for the carry reaches an F1 of 0.8", lambda of: of.f1_carry_feature_0 >= 0.8),
     "5_probe": ("a linear probe more than 0.9", lambda of: of.f1_carry_probe_0 > 0.9),
     "6_less": ("without it less than half of the carries are dropped", lambda of: of.dropped_0 < 0.5),
     "6_more": ("but more than without any of ten that are active as often", lambda of: of.dropped_0 > of.most_others_dropped_0),
-    "7_digits": ("features of the untrained model tell the operands' digits as well, within 0.1", lambda of: (of[[f"f1_{kind}_feature_0" for kind in OPERANDS]].mean(axis=1, skipna=False) - of[[f"f1_{kind}_untrained_0" for kind in OPERANDS]].mean(axis=1, skipna=False)).abs() <= 0.1),
+    "7_digits": ("features of the untrained model tell the operands' digits as well, within 0.1", lambda of: (_of_operands(of, "feature") - _of_operands(of, "untrained")).abs() <= 0.1),
     "7_carry": ("and the carry to less than 0.7", lambda of: of.f1_carry_untrained_0 < 0.7),
 }
 
 
 # %% ../../nbs/24_sae_features.ipynb #cc72b3fe
-def _both(of: pd.DataFrame, holds: Callable[[Callable[[str], pd.Series]], pd.Series], names: Sequence[str] = tuple(map(str, LAYERS))) -> pd.Series:
+def _everywhere(of: pd.DataFrame, holds: Callable[[Callable[[str], pd.Series]], pd.Series], names: Sequence[str] = tuple(map(str, LAYERS))) -> pd.Series:
     "Whether something holds of the numbers that end in each of these names."
     return reduce(operator.and_, (holds(lambda number: of[f"{number}_{name}"]) for name in names))
 
-ALL = tuple(f"{layer}_{k}_{d_sae}" for layer, k, d_sae in itertools.product(LAYERS, SPARSITIES, WIDTHS))
+_ALL = tuple(f"{layer}_{k}_{d_sae}" for layer, k, d_sae in itertools.product(LAYERS, SPARSITIES, WIDTHS))
 PREDICTED_PLANTED: dict[str, tuple[str, Passes]] = {
     "1_few": ("with four entries at a time 0.9 of the directions are found", lambda of: of.active_4_recall >= 0.9),
     "1_precision": ("and 0.9 of the features that are ever active are one of them", lambda of: of.active_4_precision >= 0.9),
@@ -683,19 +694,19 @@ PREDICTED_PLANTED: dict[str, tuple[str, Passes]] = {
     "3_many": ("with 65 thousand as many as if none came twice, within 0.05", lambda of: (of.samples_65536_recall - of.active_4_recall).abs() <= 0.05),
 }
 PREDICTED_SHAKESPEARE: dict[str, tuple[str, Passes]] = {
-    "8_ce": ("at least 0.95 of the loss is won back", lambda of: _both(of, lambda n: n("ce_recovered_mean") >= 0.95, ("2_32_768", "4_32_768"))),
-    "8_dead": ("less than 0.05 of the features are dead", lambda of: _both(of, lambda n: n("dead") < 0.05, ("2_32_768", "4_32_768"))),
-    "9_variance": ("explained variance is at least as high for the untrained model, everywhere", lambda of: _both(of, lambda n: n("untrained_explained_variance") >= n("explained_variance"), ALL)),
-    "9_dead": ("the share of dead features is the same, within 0.05, everywhere", lambda of: _both(of, lambda n: (n("untrained_dead") - n("dead")).abs() <= 0.05, ALL)),
-    "9_nearest": ("the cosine with the nearest direction is the same, within 0.1, everywhere", lambda of: _both(of, lambda n: (n("untrained_nearest") - n("nearest")).abs() <= 0.1, ALL)),
-    "10_half": ("less than half of the features have a partner in another seed", lambda of: _both(of, lambda n: n("agree") < 0.5)),
-    "10_untrained": ("those of the untrained model have one more often", lambda of: _both(of, lambda n: n("untrained_agree") > n("agree"))),
-    "11_split": ("at least 0.3 of the features are split in the wide dictionary", lambda of: _both(of, lambda n: n("split") >= 0.3)),
-    "12_half": ("a listed description fits less than half of the features", lambda of: _both(of, lambda n: n("fits_trained") < 0.5)),
-    "12_neurons": ("but more of them than of the neurons", lambda of: _both(of, lambda n: n("fits_trained") > n("fits_neurons"))),
-    "12_random": ("and than of directions drawn at random", lambda of: _both(of, lambda n: n("fits_trained") > n("fits_random"))),
-    "12_untrained": ("of the untrained model's still more", lambda of: _both(of, lambda n: n("fits_untrained") > n("fits_trained"))),
-    "12_far": ("more of the descriptions look back three letters or more than in the untrained model", lambda of: _both(of, lambda n: n("far_trained") > n("far_untrained"))),
+    "8_ce": ("at least 0.95 of the loss is won back", lambda of: _everywhere(of, lambda n: n("ce_recovered_mean") >= 0.95, ("2_32_768", "4_32_768"))),
+    "8_dead": ("less than 0.05 of the features are dead", lambda of: _everywhere(of, lambda n: n("dead") < 0.05, ("2_32_768", "4_32_768"))),
+    "9_variance": ("explained variance is at least as high for the untrained model, everywhere", lambda of: _everywhere(of, lambda n: n("untrained_explained_variance") >= n("explained_variance"), _ALL)),
+    "9_dead": ("the share of dead features is the same, within 0.05, everywhere", lambda of: _everywhere(of, lambda n: (n("untrained_dead") - n("dead")).abs() <= 0.05, _ALL)),
+    "9_nearest": ("the cosine with the nearest direction is the same, within 0.1, everywhere", lambda of: _everywhere(of, lambda n: (n("untrained_nearest") - n("nearest")).abs() <= 0.1, _ALL)),
+    "10_half": ("less than half of the features have a partner in another seed", lambda of: _everywhere(of, lambda n: n("agree") < 0.5)),
+    "10_untrained": ("those of the untrained model have one more often", lambda of: _everywhere(of, lambda n: n("untrained_agree") > n("agree"))),
+    "11_split": ("at least 0.3 of the features are split in the wide dictionary", lambda of: _everywhere(of, lambda n: n("split") >= 0.3)),
+    "12_half": ("a listed description fits less than half of the features", lambda of: _everywhere(of, lambda n: n("fits_trained") < 0.5)),
+    "12_neurons": ("but more of them than of the neurons", lambda of: _everywhere(of, lambda n: n("fits_trained") > n("fits_neurons"))),
+    "12_random": ("and than of directions drawn at random", lambda of: _everywhere(of, lambda n: n("fits_trained") > n("fits_random"))),
+    "12_untrained": ("of the untrained model's still more", lambda of: _everywhere(of, lambda n: n("fits_untrained") > n("fits_trained"))),
+    "12_far": ("more of the descriptions look back three letters or more than in the untrained model", lambda of: _everywhere(of, lambda n: n("far_trained") > n("far_untrained"))),
     "13_hand": ("at least 0.7 of the descriptions by hand fit", lambda of: of.by_hand_fits >= 0.7),
     "14_causes": ("all that was foretold holds for seven of the ten features", lambda of: of.causes_both >= 0.7),
 }
@@ -719,16 +730,13 @@ def _numbers_of_shakespeare() -> pd.DataFrame:
             for measure in QUALITY: note("" if row["trained"] else "untrained_", f"{measure}_{row['layer']}_{row['k']}_{row['d_sae']}", row[measure], row["seed"] if row["trained"] else None)
     for row in shares.to_dict("records"):
         for measure in ("fits", "far"): note("", f"{measure}_{row['set']}_{row['layer']}", row[measure], row["seed"] if row["set"] == "trained" else None)
-    for row in agreement[(agreement.k == 32) & (agreement.d_sae == 768)].to_dict("records"): note("" if row["trained"] else "untrained_", f"agree_{row['layer']}", row["agree"], row["pair"])
+    for layer, trained in itertools.product(LAYERS, (True, False)):
+        for row in agreement[agreement.name == Dictionary(layer, trained=trained).name].to_dict("records"): note("" if trained else "untrained_", f"agree_{layer}", row["agree"], row["pair"])
     for row in splits[splits.k == 32].to_dict("records"): note("", f"split_{row['layer']}", row["split"], row["seed"])
     note("", "by_hand_fits", load_table(EXPERIMENT, "by_hand").fits.mean(), 0), note("", "causes_both", _as_foretold(load_table(EXPERIMENT, "causes"))["both"].mean(), 0)
     return pd.DataFrame([{"model": "shakespeare", "seed": seed, "name": name, "value": value} for seed, numbers in found.items() for name, value in numbers.items()])
 
 _READ = ("planted", "sums_of_model_seeds", "quality", "described_shares", "agreement", "splits", "by_hand", "causes")
-
-def _stored() -> list[Path]:
-    "The tables of the other stages that predictions are held against."
-    return [results_dir(EXPERIMENT) / f"{name}.csv" for name in _READ]
 
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How many models, dictionaries or pairs of seeds are as predicted, from the stored numbers of each."
@@ -751,10 +759,6 @@ def _dictionaries_missing(wanted: Sequence[Dictionary]) -> str | None:
     gone = [one for one in wanted if not (one.folder / "cfg.json").exists()]
     return corpus_missing() or (f"{len(gone)} of {len(wanted)} autoencoders are not here: mechinterp run {EXPERIMENT} --stage quality trains them" if gone else None)
 
-def _tables_missing() -> str | None:
-    "Which table of another stage is not made yet, or None."
-    return next((f"{path.name} not made yet" for path in _stored() if not path.exists()), None)
-
 _TEXT = {"layers": list(LAYERS), "places": LEAST, "fits": list(FITS), "shares": list(CUTS)}
 STAGES = {
     "planted": Stage(planted_stage, {"cases": {axis: len(cases) for axis, cases in CASES.items()}, "found": FOUND}, SEEDS),
@@ -763,7 +767,7 @@ STAGES = {
     "described": Stage(described_stage, _TEXT, range(3), partial(_reads, SHIPPED), partial(_dictionaries_missing, SHIPPED)),
     "by_hand": Stage(by_hand_stage, _TEXT, [0], partial(_reads, [Dictionary(layer) for layer in LAYERS]), partial(_dictionaries_missing, SHIPPED)),
     "causes": Stage(causes_stage, {"features": len(FORETOLD), "controls": 10, "places": 64, "prompts": 24}, [0], partial(_reads, [Dictionary(layer) for layer in LAYERS]), partial(_dictionaries_missing, SHIPPED)),
-    "predictions": Stage(predictions_stage, {"predictions": len(PREDICTED_PLANTED) + len(PREDICTED) + len(PREDICTED_SHAKESPEARE)}, range(5), _stored, _tables_missing),
+    "predictions": Stage(predictions_stage, {"predictions": len(PREDICTED_PLANTED) + len(PREDICTED) + len(PREDICTED_SHAKESPEARE)}, range(5), partial(stored_tables, EXPERIMENT, _READ), partial(tables_missing, EXPERIMENT, _READ)),
 }
 
 
