@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Callable, Iterable, Mapping, Sequence
 
 from .core import InputError, check_choice, check_range, check_suffix, generator, seed_for, seeded
 from .interventions import capture, check_tokens, dataset_rows, hook_name, norm_gain
-from .models import head_label, token_ids, token_names
+from .models import as_bridge, head_label, token_ids, token_names
 
 if TYPE_CHECKING:
     import numpy as np, pandas as pd, torch
@@ -271,18 +271,15 @@ def shuffle_second_copy(tokens: Int[Tensor, "batch pos"], length: int, generator
 def untrained_copy(model: TransformerBridge, seed: int) -> TransformerBridge:
     "A model of the same architecture with fresh weights that depend on `seed` alone, in float32, on the same device, without a tokenizer."
     import copy
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-    module, kind = model.original_model, model.cfg.architecture
+    module = model.original_model
     if hasattr(module, "config"):
         with seeded("untrained", seed): fresh = type(module)(copy.deepcopy(module.config)).float()
-        fresh.set_attn_implementation("eager")
-        known = {"hf_config": fresh.config}
     else:
         from transformer_lens.model_bridge.sources.native import NativeModel, initialize_native_model
         fresh = NativeModel(copy.deepcopy(model.cfg))
         initialize_native_model(fresh, fresh.cfg, seed=seed_for("untrained", seed))
-        known = {"tl_config": fresh.cfg}
-    return build_bridge_from_module(fresh.to(model.cfg.device).eval(), kind, model_name=f"untrained {seed}", **known).eval()
+    return as_bridge(fresh, None, f"untrained {seed}", str(model.cfg.device))
+
 
 # %% ../nbs/08_attention_analysis.ipynb #97f14bea
 def untrained_scores(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], length: int, seeds: Sequence[int] = range(20), bos: bool = False,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, has_component, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
 from .activation_patching import find_circuit as find_by_paths
 from .core import InputError, check_choice, check_number, check_range, generator
-from .interventions import MEMORY, TOLERANCE, Edit, check_model, differentiable_run, head_weights, heads_alone
+from .interventions import MEMORY, Edit, check_model, differentiable_run, head_weights, heads_alone, tolerance
 from .models import head_label
 from .statistics import auroc, map_intervals
 
@@ -169,7 +169,7 @@ def _check_adds_up(pairs: Pairs) -> None:
 def _refuse_difference(model: TransformerBridge, ours: Tensor, theirs: Tensor) -> None:
     "An `InputError` where two streams differ by more than a thousandth."
     error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
-    if not error <= 1e-3: raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): a norm stands behind its attention or MLP")
+    if not error <= max(1e-3, tolerance(theirs)): raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): a norm stands behind its attention or MLP")
 
 def _check_all_edges(pairs: Pairs, graph: Graph) -> bool:
     "An `InputError` where all edges together do not give the metric of the run that they come from: what a head reads is not where we put it. The pair whose runs differ most is looked at; whether they differ enough to show anything."
@@ -178,7 +178,8 @@ def _check_all_edges(pairs: Pairs, graph: Graph) -> bool:
     gap, pair = (pairs.on_clean - pairs.on_corrupted).abs().max(0)
     embed = sender_changes(pairs, {"embed": []}, pair[None].cpu())
     error = (_climb(_State(pairs, graph, graph.allowed[None], 0, embed, only=int(pair))) - wanted[pair]).abs().item()
-    most = 1e-3 * torch.stack([pairs.on_clean, pairs.on_corrupted]).abs().max() + TOLERANCE * pairs.replay.logits[:, -1].abs().max()
+    logits = pairs.replay.logits[:, -1]
+    most = 1e-3 * torch.stack([pairs.on_clean, pairs.on_corrupted]).abs().max() + tolerance(logits) * logits.abs().max()
     if not error <= most: raise InputError("model", type(pairs.replay.model.original_model).__name__, f"this model cannot be split into edges here: with all of them the {pairs.metric.name} of pair {int(pair)} is off by {error:.1g}")
     return bool(gap > most)                                                                     # runs that are alike show nothing
 

@@ -5,24 +5,34 @@
 # %% ../nbs/30_cli.ipynb #464b376d
 from __future__ import annotations
 
-import argparse, importlib, os, sys
-from collections.abc import Callable, Mapping, Sequence
+import argparse, contextlib, importlib, os, signal, sys, threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .core import (PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir,
                                  run_stage, write_text)
+from .models import stream_tokens, token_ids
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from jaxtyping import Int
+    from torch import Tensor
+    from transformer_lens.model_bridge import TransformerBridge
 
 EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features"}      # and what their findings are headed
 
 # %% auto #0
-__all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'cmd_run',
-           'cmd_verify', 'findings', 'cmd_report', 'parser', 'main']
+__all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'cmd_chat',
+           'cmd_run', 'cmd_verify', 'findings', 'cmd_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #dc621897
 def cmd_models(args: argparse.Namespace) -> int:
-    "List the shipped models."
-    from mechinterp_lib.models import describe_model, list_models
+    "List the shipped models, or the families of models that can be opened."
+    from mechinterp_lib.models import describe_model, families_table, list_models
+    if args.families:
+        print(families_table().reset_index().to_string(index=False))
+        return 0
     damaged = 0
     for name in list_models():
         try: about = describe_model(name)
@@ -74,8 +84,29 @@ def cmd_patch(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/30_cli.ipynb #b7d1358f
+def _print_layers(top: pd.DataFrame, summary: pd.DataFrame) -> None:
+    "A line for each layer: its divergence from the model's own prediction, and its best tokens."
+    for row in summary.itertuples():
+        best = "  ".join(f"{token!r} {probability:.3f}" for token, probability in top[top.layer == row.layer][["token", "probability"]].itertuples(index=False))
+        print(f"{row.layer!s:>5}  KL {row.kl:6.3f}  {best}")
+
+def _lens_report(args: argparse.Namespace) -> int:
+    "Put the questions of a file to one model or several, and write a report."
+    from mechinterp_lib.lens_report import read_questions, write_report
+    from mechinterp_lib.logit_lens import load_tuned_lens
+    from mechinterp_lib.models import load_model
+    if args.save: raise InputError("save", str(args.save), "not with --prompts, which writes a folder: --out names it")
+    questions, models = read_questions(args.prompts), {name: load_model(name, device=args.device) for name in dict.fromkeys(args.model)}
+    tuned = {name: load_tuned_lens(name, model) for name, model in models.items()} if args.mode == "tuned" else None
+    print(f"{len(questions)} questions, {len(models)} models: written to {write_report(models, questions, args.out or Path('lens-report'), args.mode, tuned)}")
+    return 0
+
 def cmd_lens(args: argparse.Namespace) -> int:
-    "Print what each layer would predict at a position of a text: its best tokens, and how far it is from the model's own prediction."
+    "Print what each layer would predict at a position of a text: its best tokens, and how far it is from the model's own prediction. With --prompts: put the questions of a file to one model or several, and write a report."
+    if args.prompts: return _lens_report(args)
+    if len(args.model) != 2: raise InputError("arguments", " ".join(args.model), "allowed: a model and a text, or with --prompts FILE one model or several")
+    if args.out: raise InputError("out", str(args.out), "only together with --prompts; --save writes the map of one text")
+    args.model, args.text = args.model
     from mechinterp_lib.logit_lens import analyze, load_tuned_lens, measure_convergence, plot_evolution
     from mechinterp_lib.models import load_model
     if args.save: check_suffix("save", args.save)
@@ -84,9 +115,7 @@ def cmd_lens(args: argparse.Namespace) -> int:
     check_range("position", args.position, -len(lens.tokens[0]), len(lens.tokens[0]))
     at = args.position % len(lens.tokens[0])
     top, summary = (frame[frame.pos == at] for frame in (lens.top(), lens.summary()))
-    for row in summary.itertuples():
-        best = "  ".join(f"{token!r} {probability:.3f}" for token, probability in top[top.layer == row.layer][["token", "probability"]].itertuples(index=False))
-        print(f"{row.layer!s:>5}  KL {row.kl:6.3f}  {best}")
+    _print_layers(top, summary)
     settled = measure_convergence(lens)["layer"]
     print(f"best token settled from layer {settled if isinstance(settled, (int, str)) else settled[at]} on")
     if args.save:
@@ -104,6 +133,102 @@ def cmd_attention(args: argparse.Namespace) -> int:
     print(compute_attention_stats(attention).drop(columns=["layer", "head"]).round(2).to_string(index=False))
     print(f"written to {args.out}")
     return 0
+
+# %% ../nbs/30_cli.ipynb #72526a68
+@contextlib.contextmanager
+def _noted_interrupt() -> Iterator[list]:
+    "Inside the block the first Ctrl-C is noted in the list and raises nothing; the second does."
+    noted: list[bool] = []
+    def note(number, frame):
+        "What Ctrl-C does."
+        if noted: raise KeyboardInterrupt
+        noted.append(True)
+    if threading.current_thread() is not threading.main_thread(): yield noted; return
+    before = signal.signal(signal.SIGINT, note)
+    try: yield noted
+    finally: signal.signal(signal.SIGINT, before)
+
+class Chat:
+    "A conversation: what was said so far, how replies are drawn, and the tokens of the last one with what it was read from."
+    def __init__(self, model: TransformerBridge, system: str | None = None, **options):
+        self.model, self.options, self.system = model, options, system
+        self.templated = bool(getattr(model.tokenizer, "chat_template", None))
+        if model.tokenizer is None: raise InputError("model", type(model.original_model).__name__, "it has no tokenizer, so it cannot read or write")
+        self.clear()
+
+    def clear(self) -> None:
+        "Forget what was said."
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.tokens, self.written = [], 0
+
+    def read(self, line: str) -> Int[Tensor, "one pos"]:
+        "The tokens that a line makes the model read: the conversation so far in the tokenizer's own template, or the system prompt and the line. `InputError` for what the vocabulary cannot write, or a template that refuses it."
+        import torch
+        if not self.templated: return token_ids(self.model, (self.system or "") + line)[0]
+        try: text = self.model.tokenizer.apply_chat_template([*self.messages, {"role": "user", "content": line}], add_generation_prompt=True, tokenize=False)
+        except Exception as error: raise InputError("line", line[:40], f"the model's chat template refuses it: {error}") from error
+        return torch.tensor([self.model.tokenizer.encode(text, add_special_tokens=False)], device=self.model.cfg.device)
+
+    def reply(self, line: str) -> Iterator[str]:
+        "What the model answers, piece by piece; Ctrl-C ends it there."
+        ids, decode, said = self.read(line), self.model.tokenizer.decode, ""
+        self.tokens, self.written = ids[0].tolist(), 0
+        with _noted_interrupt() as stopped:
+            for token in stream_tokens(self.model, ids, **self.options):
+                self.tokens.append(token)
+                self.written += 1
+                if not (now := decode(self.tokens[-self.written:], skip_special_tokens=True)).endswith("\ufffd"):              # a character that is not whole yet
+                    yield now[len(said):]
+                    said = now
+                if stopped: break
+            if stopped: yield " [stopped]"
+        if self.templated: self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": said}]
+
+    def last(self) -> tuple[Int[Tensor, "one pos"], int]:
+        "The last reply with what it was read from, as far as the context reaches, and where the reply begins; an `InputError` before the first."
+        import torch
+        if not self.written: raise InputError("/lens, /attention", "no reply yet", "say something first")
+        tokens = self.tokens[-(self.model.cfg.n_ctx or len(self.tokens)):]
+        return torch.tensor([tokens], device=self.model.cfg.device), max(1, len(tokens) - self.written)
+
+# %% ../nbs/30_cli.ipynb #19f9f2d2
+_HELP = "/lens [N]: what each layer would have said in the place of the reply's N-th token (default: 1); /attention [FILE]: where each token looks (default: attention.html); /clear: forget what was said; /quit"
+
+def _look(chat: Chat, command: str, argument: str) -> None:
+    "Do what a line with a slash says."
+    from mechinterp_lib.attention_analysis import extract_attention, plot_attention
+    from mechinterp_lib.logit_lens import logit_lens
+    if check_choice("command", command, ["/lens", "/attention", "/clear", "/help", "/quit"]) == "/clear": return chat.clear()
+    if command == "/help": return print(_HELP)
+    tokens, first = chat.last()
+    if command == "/attention":
+        file = Path(argument or "attention.html")
+        check_suffix("file", file)
+        plot_attention(extract_attention(chat.model, tokens), file, 0, 0)
+        return print(f"written to {file}")
+    if not (argument or "1").isdecimal(): raise InputError("/lens", argument, "allowed: the number of a token of the reply")
+    at = first - 2 + check_range("/lens", int(argument or 1), 1, tokens.shape[1] - first + 1)
+    lens = logit_lens(chat.model, tokens, target_position=at)
+    print(f"after {chat.model.tokenizer.decode(tokens[0, max(0, at - 15):at + 1].tolist())!r}")
+    _print_layers(lens.top(), lens.summary())
+
+def cmd_chat(args: argparse.Namespace) -> int:
+    "Talk with a model, and look into its replies."
+    from mechinterp_lib.models import load_model
+    chat = Chat(load_model(args.model, device=args.device, dtype=args.dtype), args.system, n=args.tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    print(f"{args.model}: " + ("a conversation in its own template" if chat.templated else "it has no chat template and goes on from each line as it stands") + "; /help, Ctrl-D ends")
+    while True:
+        try: line = input("> ")
+        except EOFError: return print() or 0
+        except KeyboardInterrupt: print(); continue
+        command, _, argument = line.strip().partition(" ")
+        if command == "/quit": return 0
+        try:
+            if command.startswith("/"): _look(chat, command, argument.strip())
+            elif line.strip():
+                for piece in chat.reply(line): print(piece, end="", flush=True)
+                print()
+        except InputError as error: print(error)
 
 # %% ../nbs/30_cli.ipynb #85439b5d
 def _experiment(name: str):
@@ -223,10 +348,12 @@ def _looking(add: Callable) -> None:
     patch.add_argument("--save", type=Path, help="write the whole scan: .csv, .svg, .png or .html")
     patch.add_argument("--device", help="cpu, cuda or mps")
     lens, attention = add("lens", cmd_lens), add("attention", cmd_attention)
-    for command in (lens, attention):
-        command.add_argument("model", help="a model as load_model takes it")
-        command.add_argument("text", help="what the model reads")
-        command.add_argument("--device", help="cpu, cuda or mps")
+    lens.add_argument("model", nargs="+", metavar="MODEL TEXT | MODEL", help="a model as load_model takes it, and what it reads; with --prompts models alone")
+    lens.add_argument("--prompts", type=Path, help="a .csv or .jsonl of questions: columns prompt, answer, and, if there are any, wrong (another answer) and group (the same question in other words, or with its answers exchanged)")
+    lens.add_argument("--out", type=Path, help="with --prompts: the folder of the report (default: lens-report)")
+    attention.add_argument("model", help="a model as load_model takes it")
+    attention.add_argument("text", help="what the model reads")
+    for command in (lens, attention): command.add_argument("--device", help="cpu, cuda or mps")
     lens.add_argument("--mode", default="norm", choices=["norm", "raw", "tuned"], help="with the model's final norm at every layer, without, or through the translation kept beside the model (default: norm)")
     lens.add_argument("--position", type=int, default=-1, help="of the token whose continuation is asked for (default: -1, the last)")
     lens.add_argument("--top", type=int, default=5, help="how many tokens to print")
@@ -234,6 +361,15 @@ def _looking(add: Callable) -> None:
     attention.add_argument("--out", type=Path, default=Path("attention.html"), help="the page, or with .svg or .png a map (default: attention.html)")
     attention.add_argument("--layer", type=int, default=0, help="the head that is shown first")
     attention.add_argument("--head", type=int, default=0)
+    chat = add("chat", cmd_chat)
+    chat.add_argument("model", help="a model as load_model takes it")
+    chat.add_argument("--system", help="the system prompt; without a chat template it is put before every line")
+    chat.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token (default: 0.8)")
+    chat.add_argument("--top-p", type=float, default=0.95, help="draw from the most probable tokens that have this much of the probability together (default: 0.95)")
+    chat.add_argument("--tokens", type=int, default=200, help="of a reply, at most (default: 200)")
+    chat.add_argument("--seed", type=int, help="of the draws (default: others each time)")
+    chat.add_argument("--dtype", help="float32, bfloat16, float16 (default: float32)")
+    chat.add_argument("--device", help="cpu, cuda or mps")
 
 # %% ../nbs/30_cli.ipynb #3229a2fa
 def _data(add: Callable) -> None:
@@ -260,7 +396,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(function=function)
         return command
-    add("models", cmd_models)
+    add("models", cmd_models).add_argument("--families", action="store_true", help="which families of models can be opened, from where, and what can be asked of each")
     train = add("train", cmd_train)
     train.add_argument("recipe", help="the name of a shipped recipe, or a .json file with the fields of mechinterp_lib.training.Recipe")
     train.add_argument("--seed", type=int, default=0)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'check_names', 'capture',
-           'dataset_rows', 'replaced', 'Edit', 'position_first', 'each_edit', 'naive_run', 'Replay', 'check_read',
-           'heads_alone', 'head_weights', 'differentiable_run', 'norm_gain']
+           'dataset_rows', 'replaced', 'Edit', 'position_first', 'each_edit', 'naive_run', 'Replay', 'tolerance',
+           'check_read', 'heads_alone', 'head_weights', 'differentiable_run', 'norm_gain']
 
 # %% ../nbs/06_interventions.ipynb #2240d37e
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
@@ -41,11 +41,13 @@ def hook_name(model: TransformerBridge, component: str, layer: int) -> str:
     return f"blocks.{layer}.{COMPONENTS[component]}"
 
 def _has(model: TransformerBridge, component: str, layer: int) -> bool:
-    "Whether a layer has a component as `[batch, pos, head, width]`. Latent attention (DeepSeek) shows queries, keys and values with heads first, and may cut `z` at widths that are not its heads'."
+    "Whether a layer has a component as `[batch, pos, head, width]`, or its MLP's neurons: latent attention (DeepSeek) shows heads first unless `load_model` or `as_bridge` made the bridge, and layers of experts show what they write in the place of neurons."
+    from transformer_lens.conversion_utils.conversion_steps import RearrangeTensorConversion
     from transformer_lens.model_bridge.generalized_components import MLAAttentionBridge
-    point = _point(model, f"blocks.{layer}.{COMPONENTS[component]}")
-    if point is None or not isinstance(getattr(model.blocks[layer], "attn", None), MLAAttentionBridge): return point is not None
-    return component not in ("q", "k", "v") and (component != "z" or getattr(point.hook_conversion, "n_heads", None) == model.cfg.n_heads)
+    point, block = _point(model, f"blocks.{layer}.{COMPONENTS[component]}"), model.blocks[layer]
+    if point is None or component == "post": return point is not None and point is not _point(model, f"blocks.{layer}.mlp.hook_out")
+    return component not in ("q", "k", "v", "z") or not isinstance(getattr(block, "attn", None), MLAAttentionBridge) or isinstance(point.hook_conversion, RearrangeTensorConversion)
+
 
 # %% ../nbs/06_interventions.ipynb #2f7e5594
 def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
@@ -82,13 +84,13 @@ def _parameters(modules: Iterable[nn.Module]) -> list[Tensor]:
     return list({id(weight): weight for module in modules for weight in vars(module)["_parameters"].values() if weight is not None}.values())
 
 def check_model(model: TransformerBridge) -> list[nn.Module]:
-    "All modules of a model, each once; an `InputError` unless it is in eval mode and at least single precision: dropout and rounding would be taken for effects."
+    "All modules of a model, each once; an `InputError` unless it is in eval mode, as dropout would be taken for an effect. In half precision rounding can be, and a warning says so."
     import torch
     if not hasattr(model, "original_model"): raise InputError("model", type(model).__name__, "open the model with load_model, or wrap it with as_bridge")
     modules = _modules(model)
     if any(module.training for module in modules): raise InputError("model", "in training mode, or a part of it is", "call model.eval() first: dropout would be taken for an effect")
     for dtype in {weight.dtype for weight in _parameters(modules) if weight.is_floating_point()} - {torch.float32, torch.float64}:
-        raise InputError("model", str(dtype), "load the model with dtype='float32': the effects of single heads are lost in half precision")
+        warnings.warn(f"this model is in {str(dtype).removeprefix('torch.')}: what is smaller than {torch.finfo(dtype).eps:.0e} of an activation is rounded away; dtype='float32' keeps it", stacklevel=_outside())
     return modules
 
 # %% ../nbs/06_interventions.ipynb #a2f508c3
@@ -894,12 +896,13 @@ def _outside() -> int:
 # %% ../nbs/06_interventions.ipynb #f63e4d4a
 def _run_bridge(replay: Replay, components: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor]]]:
     "One forward pass of the bridge: logits, the named components by layer, and (in `replay.call`) what it called the model with."
-    names = {(c, layer): hook_name(replay.model, c, layer) for c in components for layer in range(replay.n_layers)}
+    having = {c: [layer for layer in range(replay.n_layers) if c in COMPONENTS and _has(replay.model, c, layer)] or [0] for c in components}   # layers of experts have no neurons; where no layer has it, layer 0 says so
+    names = {(c, layer): hook_name(replay.model, c, layer) for c, layers in having.items() for layer in layers}
     def note(_, args, kwargs): replay.call = (args, kwargs)
     handle = replay.model.original_model.register_forward_pre_hook(note, with_kwargs=True)
     try: logits, seen = capture(replay.model, replay.tokens, names.values(), replay.attention_mask)
     finally: handle.remove()
-    return logits, {c: [position_first(c, seen[names[c, layer]]) for layer in range(replay.n_layers)] for c in components}
+    return logits, {c: [position_first(c, seen[names[c, layer]]) if (c, layer) in names else None for layer in range(replay.n_layers)] for c in components}
 
 def _run_instead(replay: Replay, components: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor]]]:
     "The same with the twin in the place of the model that the bridge calls."
@@ -959,7 +962,12 @@ def _compare(replay: Replay, what: str, ours: Tensor, twins: Tensor) -> None:
 def _compare_tensors(what: str, ours: Tensor, theirs: Tensor) -> None:
     "Refuse if two tensors differ by more than the tolerance."
     error = ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30)).item()
-    if not error <= TOLERANCE: raise ArithmeticError(f"{what} differ by {error:.1e} of the largest")
+    if not error <= tolerance(ours): raise ArithmeticError(f"{what} differ by {error:.1e} of the largest")
+
+def tolerance(values: Tensor) -> float:
+    "How far two ways to compute the same may differ, as a share of the largest: `TOLERANCE`, or in half precision four roundings."
+    import torch
+    return max(TOLERANCE, 4 * torch.finfo(values.dtype).eps if values.dtype.itemsize < 4 else 0)
 
 def _compare_component(replay: Replay, component: str, ours: Sequence[Tensor], seen: Mapping[str, list[Tensor]]) -> None:
     "Refuse if a component differs in any layer."
@@ -1355,7 +1363,7 @@ def head_weights(replay: Replay, part: str, layer: int) -> tuple[Float[Tensor, "
     if mark in replay.known.components: return weight, bias
     if part == "o": made = torch.einsum("phn,hnw->pw", replay.kept["z"][layer][:, -1], weight)
     else: made = torch.einsum("pw,hwn->phn", norm(replay.kept["resid_pre"][layer][:, -1]), weight)
-    if made.shape != wanted.shape or not (made + bias - wanted).abs().max() <= TOLERANCE * wanted.abs().max(): return None
+    if made.shape != wanted.shape or not (made + bias - wanted).abs().max() <= tolerance(wanted) * wanted.abs().max(): return None
     replay.known.components.add(mark)                                                           # true for prompts of this shape, as long as the model stays as it is
     return weight, bias
 

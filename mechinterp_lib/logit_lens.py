@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence
 
 from .activation_patching import answer_ids, has_component
 from .core import InputError, atomic_path, check_choice, check_range, check_suffix, generator, home
-from .interventions import Replay, capture, check_model, check_read, check_tokens, heads_alone, hook_name, norm_gain
+from .interventions import Replay, capture, check_model, check_read, check_tokens, heads_alone, hook_name, norm_gain, tolerance
 from .models import LENS_FILE, head_label, shipped_name, token_ids, token_names
 
 if TYPE_CHECKING:
@@ -477,6 +477,6 @@ def direct_logit_attribution(model: TransformerBridge, inputs: Inputs, answer: s
     rows = torch.arange(len(tokens))
     wanted = logits[rows, good] - (0 if bad is None else logits[rows, bad])
     values = torch.stack(list(shares.values()), dim=1)
-    if not ((error := (values.sum(1) - wanted).abs().max() / logits.abs().max().clamp(min=1)) <= 1e-4): raise InputError("model", type(model.original_model).__name__, f"its parts do not add up to its logits (off by {error.item():.0e} of them)")
+    if not ((error := (values.sum(1) - wanted).abs().max() / logits.abs().max().clamp(min=1)) <= max(1e-4, tolerance(logits))): raise InputError("model", type(model.original_model).__name__, f"its parts do not add up to its logits (off by {error.item():.0e} of them)")
     low, high = map_intervals(values.double().cpu().numpy())
     return pd.DataFrame({"component": list(shares), "contribution": values.mean(0).tolist(), "ci_low": low, "ci_high": high, "n": len(tokens)})

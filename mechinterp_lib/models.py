@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import contextlib, json, math, os, re, shutil, struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
-from .core import InputError, check_choice, check_range, home, pick_device, pick_dtype, read_json, seeded
+from .core import InputError, check_choice, check_number, check_range, home, pick_device, pick_dtype, read_json, seeded
 from .data import encode
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jaxtyping import Float, Int
     from tokenizers import Tokenizer
     from torch import Tensor, nn
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NATIVE', 'LENS_FILE', 'new_model', 'forward_logits', 'check_model_folder', 'save_model', 'as_bridge', 'list_models',
-           'describe_model', 'import_nanogpt', 'import_llama2c', 'shipped_name', 'load_model', 'token_ids',
-           'token_names', 'written_by', 'head_label', 'parse_head', 'stream_parts', 'blank_model', 'set_head',
-           'induction_model', 'fixed_offset_model', 'two_branch_model']
+__all__ = ['NATIVE', 'LENS_FILE', 'FAMILIES', 'new_model', 'forward_logits', 'check_model_folder', 'save_model', 'free_memory',
+           'check_fits', 'as_bridge', 'list_models', 'describe_model', 'import_nanogpt', 'import_llama2c',
+           'shipped_name', 'load_model', 'Family', 'families_table', 'token_ids', 'token_names', 'written_by',
+           'draw_token', 'stream_tokens', 'end_tokens', 'head_label', 'parse_head', 'stream_parts', 'blank_model',
+           'set_head', 'induction_model', 'fixed_offset_model', 'two_branch_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
 _HF_CLASSES = {"GPT2LMHeadModel": "GPT2Config", "LlamaForCausalLM": "LlamaConfig", "Qwen3ForCausalLM": "Qwen3Config"}
@@ -170,11 +173,22 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
         raise InputError("weights", str(path), f"truncated or damaged: {size:,} bytes where its header says {8 + length + end:,}; fetch it again")
     return header
 
+def _count(header: Mapping[str, Mapping]) -> int:
+    "How many numbers a safetensors file holds; an `InputError` where its header does not say."
+    try: return sum(math.prod(entry["shape"]) for entry in header.values())
+    except (KeyError, TypeError) as error: raise InputError("weights", "header", "it is damaged; fetch the file again") from error
+
+
 # %% ../nbs/04_models.ipynb #4e156449
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
+def _no_gguf(name: str | Path) -> InputError:
+    "What is said of a GGUF file."
+    return InputError("name", str(name), "GGUF files hold weights quantised for llama.cpp, which has no hooks and no gradients; give the checkpoint that it was made from (on the hub mostly the same name without -GGUF)")
+
 def _checked_config(folder: Path) -> dict:
     "The `config.json` of a checkpoint folder whose weights are whole safetensors files; an `InputError` otherwise."
+    if (quantised := sorted(folder.glob("*.gguf"))) and not any(folder.glob("*.safetensors")): raise _no_gguf(quantised[0])
     if not (folder / "config.json").is_file():
         raise InputError("path", str(folder), "no config.json in this folder; a checkpoint holds config.json, model.safetensors and tokenizer.json")
     config = read_json(folder / "config.json")
@@ -201,9 +215,27 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()
 
+# %% ../nbs/04_models.ipynb #fbdf3b46
+def free_memory(device: str) -> int:
+    "Bytes of memory that are free on a device."
+    import psutil, torch
+    if device.startswith("cuda"): return torch.cuda.mem_get_info(device)[0]
+    if device.startswith("mps"): return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return psutil.virtual_memory().available
+
+def check_fits(name: str, count: int, device: str, dtype: Any = None, device_map: Any = None) -> None:
+    "An `InputError` where a model's `count` weights need more memory than is free: on the device, or with a device map on all accelerators together."
+    import torch
+    dtype = pick_dtype(dtype)
+    where = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device_map is not None and torch.cuda.is_available() else [device]
+    free, needed = sum(map(free_memory, where)), count * dtype.itemsize
+    if needed <= free: return
+    less = f"; in bfloat16 it would need {count * 2 / 1e9:.1f} GB" if dtype.itemsize > 2 else ""
+    raise InputError("name", name, f"its {count:,} weights need {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free on {', '.join(where)}{less}")
+
 # %% ../nbs/04_models.ipynb #8f2c5608
-def _load_hf(folder: Path, class_name: str, dtype) -> nn.Module:
-    "A Hugging Face module from a checked folder, every weight of it from the file."
+def _load_hf(folder: Path, class_name: str, dtype, device_map: str | Mapping | None = None) -> nn.Module:
+    "A Hugging Face module from a checked folder, every weight of it from the file; `device_map` spreads it over devices."
     import transformers
     model_class = getattr(transformers, class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
@@ -211,12 +243,15 @@ def _load_hf(folder: Path, class_name: str, dtype) -> nn.Module:
     try:
         with _quiet_transformers():
             module, info = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager", use_safetensors=True,
-                                                       local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True)
+                                                       local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **({} if device_map is None else {"device_map": device_map}))
     except Exception as error: raise InputError("path", str(folder), f"transformers cannot load it: {_first_line(error)}") from error
     weights = str(folder / "model.safetensors")
     for name, stored, wanted in sorted(info["mismatched_keys"]):
         raise InputError("path", weights, f"{name} has shape {tuple(stored)}, but config.json asks for {tuple(wanted)}; they are of different models")
     for name in sorted(info["missing_keys"]): raise InputError("path", weights, f"lacks the weight {name}, which config.json asks for")
+    places = {str(place) for place in getattr(module, "hf_device_map", {}).values()}
+    if places & {"disk", "meta"} or "cpu" in places and len(places) > 1:
+        raise InputError("device_map", device_map, f"it puts the model on {', '.join(sorted(places))}; allowed: accelerators alone, or the processor alone, as hooks see no weights that are elsewhere; a 16-bit dtype halves what is needed")
     return module
 
 def _load_native(folder: Path, config: Mapping, dtype) -> nn.Module:
@@ -243,23 +278,38 @@ def _give_tokenizer(bridge: TransformerBridge, tokenizer: PreTrainedTokenizerFas
         bridge.cfg.tokenizer_appends_eos = ids[1 if bridge.cfg.tokenizer_prepends_bos else 0:][-1:] == [tokenizer.eos_token_id]
     bridge.tokenizer = tokenizer
 
+def _show_heads(bridge: TransformerBridge) -> TransformerBridge:
+    "The same, with queries, keys, values and `z` of latent attention (DeepSeek) shown as `[batch, pos, head, width]`, as those of every other kind are."
+    from transformer_lens.conversion_utils.conversion_steps import RearrangeTensorConversion
+    from transformer_lens.model_bridge.generalized_components import MLAAttentionBridge
+    for block in getattr(bridge, "blocks", ()):
+        if not isinstance(attn := getattr(block, "attn", None), MLAAttentionBridge): continue
+        for point in (attn.hook_q, attn.hook_k, attn.hook_v): point.hook_conversion = RearrangeTensorConversion("batch head pos width -> batch pos head width")
+        attn.o.hook_in.hook_conversion = RearrangeTensorConversion("batch pos (head width) -> batch pos head width", head=bridge.cfg.n_heads)
+    return bridge
+
 def as_bridge(module: nn.Module, tokenizer: PreTrainedTokenizerFast | None = None, source: str = "model", device: str = "cpu") -> TransformerBridge:
     "A bridge around a plain module, in eval mode, with eager attention so that every score and pattern passes a hook."
     from transformer_lens.model_bridge.sources import build_bridge_from_module
-    module = module.eval().to(device)
+    placed = hasattr(module, "hf_device_map")                                 # spread over devices when it was loaded
+    if placed: device = str(next(module.parameters()).device)
+    module = module.eval() if placed else module.eval().to(device)
     if not hasattr(module, "config"): bridge = build_bridge_from_module(module, NATIVE, tl_config=module.cfg, model_name=source, device=device)
     else:
         module.set_attn_implementation("eager")
         try: bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, model_name=source, device=device)
         except ValueError as error: raise InputError("name", source, f"TransformerLens has no bridge for {type(module).__name__}: {_first_line(error)}") from error
     _give_tokenizer(bridge, tokenizer, source)
-    return bridge.eval()
+    return _show_heads(bridge).eval()
 
 # %% ../nbs/04_models.ipynb #57ec198d
 def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | None:
-    "The tokenizer in a `tokenizer.json`, None where there is no such file; begin and end tokens are those that the configuration names."
+    "The tokenizer of a folder, None where there is none: what its `tokenizer_config.json` describes, or its `tokenizer.json` with the begin and end tokens that the model's configuration names."
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    if path.with_name("tokenizer_config.json").is_file():
+        kind = PreTrainedTokenizerFast if path.is_file() else AutoTokenizer                    # the class of a family may add tokens of its own
+        with contextlib.suppress(Exception), _quiet_transformers(): return kind.from_pretrained(path.parent, local_files_only=True)
     if not path.is_file(): return None
     try: plain = Tokenizer.from_file(str(path))
     except Exception as error: raise InputError("path", str(path), f"not a tokenizer file: {_first_line(error)}") from error
@@ -267,11 +317,13 @@ def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | No
     special = {name: plain.id_to_token(i) for name, i in ids.items() if isinstance(i, int)}
     return PreTrainedTokenizerFast(tokenizer_object=plain, clean_up_tokenization_spaces=False, **{name: token for name, token in special.items() if token})
 
-def _load_folder(folder: Path, name: str, device: str, dtype) -> TransformerBridge:
+def _load_folder(folder: Path, name: str, device: str, dtype, device_map: str | Mapping | None = None) -> TransformerBridge:
     "A model from a checked folder."
     config = _checked_config(folder)
     kind = config["architectures"][0]
-    module = _load_native(folder, config, dtype) if kind == NATIVE else _load_hf(folder, kind, dtype)
+    if kind == NATIVE and device_map is not None: raise InputError("device_map", device_map, "allowed for the classes of transformers")
+    check_fits(name, sum(_count(_safetensors_header(file)) for file in folder.glob("model*.safetensors")), device, dtype, device_map)
+    module = _load_native(folder, config, dtype) if kind == NATIVE else _load_hf(folder, kind, dtype, device_map)
     return as_bridge(module, _load_tokenizer(folder / "tokenizer.json", config), name, device)
 
 # %% ../nbs/04_models.ipynb #3ffe0835
@@ -296,9 +348,7 @@ def describe_model(name: str) -> dict[str, Any]:
         if number is None and config["architectures"][0] in _HF_CLASSES: number = getattr(_hf_config(config["architectures"][0], {}), keys[-1])   # not written: the default
         if not isinstance(number, int): raise InputError("path", str(folder / "config.json"), f"it names no {keys[0]}")
         return number
-    try: count = sum(math.prod(entry["shape"]) for entry in header.values())
-    except (KeyError, TypeError) as error: raise InputError("path", str(folder / "model.safetensors"), "its header is damaged; fetch it again") from error
-    return {"name": name, "class": config["architectures"][0], "parameters": count, "n_layers": first("n_layers", "n_layer", "num_hidden_layers"),
+    return {"name": name, "class": config["architectures"][0], "parameters": _count(header), "n_layers": first("n_layers", "n_layer", "num_hidden_layers"),
             "n_heads": first("n_heads", "n_head", "num_attention_heads"), "d_model": first("d_model", "n_embd", "hidden_size"),
             "n_ctx": first("n_ctx", "n_positions", "max_position_embeddings"), "validation_loss": record.get("validation_loss"), "best_step": record.get("best_step", record.get("early_step")),
             "validation_accuracy": record.get("validation_accuracy")}
@@ -431,22 +481,47 @@ def import_llama2c(path: str | Path, vocab: str | Path) -> tuple[LlamaForCausalL
     return module, tokenizer
 
 # %% ../nbs/04_models.ipynb #a976cc60
-def _load_hub(name: str, device: str, dtype) -> TransformerBridge:
-    "A model of the Hugging Face hub, through TransformerLens."
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from transformer_lens.model_bridge import TransformerBridge
+_WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"]
+
+def _cached(name: str) -> Path | None:
+    "The folder of a hub model that has been downloaded, whole; else None."
+    from huggingface_hub import snapshot_download
+    try: folder = Path(snapshot_download(name, allow_patterns=_WANTED, local_files_only=True))
+    except (OSError, ValueError): return None
+    index = folder / "model.safetensors.index.json"
+    files = set(read_json(index)["weight_map"].values()) if index.is_file() else ["model.safetensors"]
+    return folder if (folder / "config.json").is_file() and all((folder / file).is_file() for file in files) else None
+
+def _ask_hub(name: str):
+    "What the hub says of a model; an `InputError` where it does not give it."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     import difflib
-    near = difflib.get_close_matches(name, list_models(), n=1)
-    shipped = f"shipped models: {', '.join(list_models()) or 'none (MECHINTERP_HOME names the folder that holds models/)'}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    api, shipped = HfApi(), list_models()
+    near = difflib.get_close_matches(name, shipped, n=1)
+    known = f"shipped models: {', '.join(shipped) or 'none (MECHINTERP_HOME names the folder that holds models/)'}" + (f" (did you mean {near[0]!r}?)" if near else "")
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str): HfApi().model_info(name, timeout=10)
-    except Exception as error:
-        raise InputError("name", name, f"neither a shipped model nor a folder, and the Hugging Face hub did not give it ({_first_line(error)}); "
-                         f"check the spelling and the network, or give a local folder; {shipped}") from error
-    try:
-        with _quiet_transformers(): return TransformerBridge.boot_transformers(name, device=device, dtype=dtype).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError("name", name, f"the Hugging Face hub's model cannot be loaded: {_first_line(error)}; {shipped}") from error
+        about = api.model_info(name, files_metadata=True, timeout=10)
+        if about.gated: api.auth_check(name)
+        return about
+    except GatedRepoError as error: raise InputError("name", name, f"its owners give it to those who accept its licence: do that at {api.endpoint}/{name}, then log in with: hf auth login") from error
+    except RepositoryNotFoundError as error: raise InputError("name", name, f"neither a shipped model nor a folder, and the Hugging Face hub has no such model, or a private one (log in with: hf auth login); {known}") from error
+    except Exception as error: raise InputError("name", name, f"neither a shipped model nor a folder, and the Hugging Face hub did not give it ({_first_line(error)}); check the spelling and the network, or give a local folder; {known}") from error
+
+def _hub_folder(name: str, device: str, dtype, device_map: Any = None) -> Path:
+    "The folder of a hub model, downloaded if need be; an `InputError` before anything large is, if it cannot be used here."
+    from huggingface_hub import constants, snapshot_download
+    if folder := _cached(name): return folder
+    about = _ask_hub(name)
+    sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
+    weights = {file: size for file, size in sizes.items() if re.fullmatch(r"model[^/]*\.safetensors", file)}
+    if not weights and any(file.endswith(".gguf") for file in sizes): raise _no_gguf(name)
+    if not weights: raise InputError("name", name, f"the hub has no model*.safetensors of it; pickled weights can run code and are never opened (it has: {', '.join(sorted(sizes)[:6])})")
+    check_fits(name, about.safetensors.total if about.safetensors else sum(weights.values()) // 4, device, dtype, device_map)
+    place = next(path for path in (Path(constants.HF_HUB_CACHE), *Path(constants.HF_HUB_CACHE).parents) if path.exists())
+    if sum(weights.values()) > (free := shutil.disk_usage(place).free): raise InputError("name", name, f"{sum(weights.values()) / 1e9:.1f} GB have to be downloaded, and {free / 1e9:.1f} GB are free in {place}")
+    try: return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as error: raise InputError("name", name, f"the download failed ({_first_line(error)}); the same call goes on from there") from error
 
 def _load_file(path: Path, device: str, dtype) -> TransformerBridge:
     "A nanoGPT `.pt`, with the `tokenizer.json` beside it if there is one, or a llama2.c `.bin`, with the `tok*.vocab` beside it."
@@ -467,18 +542,52 @@ def shipped_name(name: str | Path) -> str | None:
     seeds = [other for other in shipped if other.startswith(text.rstrip("/") + "/")]
     return None if not seeds else seeds[0] if len(seeds) == 1 else check_choice("name", text, seeds)
 
-def load_model(name: str | Path, device: str | None = None, dtype: Any = None) -> TransformerBridge:
-    """A bridge in eval mode with the model's own weights (float32 unless `dtype` says otherwise); parameters keep their gradients on.
+def load_model(name: str | Path, device: str | None = None, dtype: Any = None, device_map: str | Mapping | None = None) -> TransformerBridge:
+    """A bridge in eval mode with the model's own weights (float32 unless `dtype` says otherwise); parameters keep their gradients on. `device`: cpu, cuda or mps (None: an accelerator if there is one); in its place `device_map`, as transformers takes it ("auto"), spreads a large model over accelerators.
 
-    `name`: a shipped model (the family's name suffices where it has one seed), a checkpoint folder, a nanoGPT `.pt`, a llama2.c `.bin`, or a name on the Hugging Face hub. `InputError` where none is usable."""
+    `name`: a shipped model (the family's name suffices where it has one seed), a checkpoint folder, a nanoGPT `.pt`, a llama2.c `.bin`, or a name on the Hugging Face hub. `InputError` where none is usable or the memory does not suffice."""
+    if device is not None and device_map is not None: raise InputError("device_map", device_map, f"allowed without a device, which is {device!r}")
     device, dtype, text, path = pick_device(device), pick_dtype(dtype), str(name), Path(name).expanduser()
-    if shipped := shipped_name(name): return _load_folder(home() / "models" / shipped, shipped, device, dtype)
-    if path.is_dir(): return _load_folder(path, text, device, dtype)
-    if path.suffix in (".pt", ".bin"): return _load_file(path, device, dtype)
+    if shipped := shipped_name(name): return _load_folder(home() / "models" / shipped, shipped, device, dtype, device_map)
+    if path.is_dir(): return _load_folder(path, text, device, dtype, device_map)
+    if path.suffix in (".pt", ".bin"):
+        if device_map is not None: raise InputError("device_map", device_map, "allowed for checkpoint folders and models of the hub")
+        return _load_file(path, device, dtype)
+    if path.suffix == ".gguf": raise _no_gguf(path)
     if path.is_file(): raise InputError("name", text, "this file is no model; allowed: a folder, a nanoGPT .pt, a llama2.c .bin")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text):
         raise InputError("name", text, f"there is no such folder, and a hub name reads OWNER/MODEL; shipped models: {', '.join(list_models()) or 'none'}")
-    return _load_hub(text, device, dtype)
+    return _load_folder(_hub_folder(text, device, dtype, device_map), text, device, dtype, device_map)
+
+
+# %% ../nbs/04_models.ipynb #99f4632e
+@dataclass(frozen=True)
+class Family:
+    "Models of one architecture: where they come from, their class in transformers, and where an analysis differs (empty: it does not)."
+    name: str
+    source: str
+    architecture: str
+    scans: str = ""
+    neurons: str = ""
+    edges: str = ""
+
+FAMILIES = [
+    Family("GPT-2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl", "GPT2LMHeadModel"),
+    Family("nanoGPT", "a ckpt.pt", "GPT2LMHeadModel"),
+    Family("llama2.c", "a .bin of version 0, its tok*.vocab beside it", "LlamaForCausalLM"),
+    Family("Llama 3", "meta-llama/Meta-Llama-3-8B", "LlamaForCausalLM"),
+    Family("Mistral", "mistralai/Mistral-7B-v0.1", "MistralForCausalLM"),
+    Family("Qwen2.5", "Qwen/Qwen2.5-3B", "Qwen2ForCausalLM"),
+    Family("Qwen3", "Qwen/Qwen3-8B", "Qwen3ForCausalLM"),
+    Family("Gemma 2", "google/gemma-2-9b", "Gemma2ForCausalLM", edges="refused: a norm stands behind attention and MLPs"),
+    Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite", "DeepseekV2ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in float32 alone"),
+    Family("DeepSeek-V3", "a checkpoint in 16 or 32 bits", "DeepseekV3ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in float32 alone")]
+
+def families_table() -> pd.DataFrame:
+    "A row for each family: where its models come from, their class, and whether each analysis is there."
+    import pandas as pd
+    rows = [{"family": one.name, "source": one.source, "class": one.architecture, "attention": "yes", "lens": "yes", "patch scans": one.scans or "yes", "neurons": one.neurons or "yes", "edges": one.edges or "yes", "autoencoders": "yes"} for one in FAMILIES]
+    return pd.DataFrame(rows).set_index("family")
 
 # %% ../nbs/04_models.ipynb #42856f9c
 def token_ids(model: TransformerBridge, inputs: str | Sequence[str] | Int[Tensor, "batch pos"],
@@ -516,6 +625,42 @@ def written_by(model: TransformerBridge, n: int, length: int, seed: int = 0, sta
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(check_range("seed", seed, 0, 2**63))
         return model.original_model.generate(rows, attention_mask=torch.ones_like(rows), do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=new, max_new_tokens=new, pad_token_id=0)
+
+# %% ../nbs/04_models.ipynb #eb09c807
+def draw_token(logits: Float[Tensor, "d_vocab"], temperature: float = 1.0, top_p: float = 1.0, draw: torch.Generator | None = None) -> int:
+    "A token drawn at a temperature (0: the most probable) from the fewest most probable ones that together have at least `top_p`."
+    import torch
+    if temperature == 0: return int(logits.argmax())
+    chances, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    kept = chances * (chances.cumsum(-1) - chances < top_p)                    # what stands before it does not suffice
+    return int(order[torch.multinomial(kept.cpu(), 1, generator=draw)])
+
+def stream_tokens(model: TransformerBridge, tokens: Int[Tensor, "one pos"], n: int = 200, temperature: float = 1.0, top_p: float = 1.0, seed: int | None = None) -> Iterator[int]:
+    """Token ids that a model writes behind `tokens`, one after the other, as `draw_token` draws them (`seed` None: others each time), up to its end token or `n`. Once the context is full it goes on behind the last half of it.
+    `InputError` for more than one row or none, a temperature below 0, and a `top_p` that is not above 0 and at most 1."""
+    import torch
+    check_range("n", n, 1, 2**31), check_number("top_p", top_p, 0, 1)
+    if not 0 <= temperature < math.inf: raise InputError("temperature", temperature, "allowed: 0, which takes the most probable token, or more")
+    if tokens.ndim != 2 or len(tokens) != 1 or not tokens.numel(): raise InputError("tokens", tuple(tokens.shape), "allowed: [1, pos] with at least one token")
+    draw = torch.Generator()
+    draw.seed() if seed is None else draw.manual_seed(seed)
+    module, n_ctx, written = model.original_model, model.cfg.n_ctx or 2**31, tokens[0].tolist()
+    cached, past, read = hasattr(module, "generate"), None, 0
+    for _ in range(n):
+        if len(written) >= n_ctx: written, past, read = written[-max(1, n_ctx // 2):], None, 0
+        with torch.no_grad():
+            out = module(input_ids=torch.tensor([written[read:]], device=model.cfg.device), past_key_values=past, use_cache=True) if cached else model(torch.tensor([written], device=model.cfg.device))
+        logits, past, read = (out.logits, out.past_key_values, len(written)) if cached else (out, None, 0)
+        token = draw_token(logits[0, -1], temperature, top_p, draw)
+        if token in end_tokens(model): return
+        written.append(token)
+        yield token
+
+def end_tokens(model: TransformerBridge) -> set[int]:
+    "The ids of tokens that end a text: the tokenizer's, and those that the checkpoint names for writing."
+    named = getattr(getattr(model.original_model, "generation_config", None), "eos_token_id", None)
+    own = model.tokenizer.eos_token_id if model.tokenizer is not None else None
+    return {token for token in (own, *(named if isinstance(named, (list, tuple)) else [named])) if token is not None}
 
 # %% ../nbs/04_models.ipynb #05d24287
 def head_label(layer: int, head: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Iterator, Sequence
 
-from .activation_patching import Part, Scan, ablate_component
+from .activation_patching import Part, Scan, ablate_component, has_component
 from .core import InputError, check_choice, check_range, generator
 from .interventions import capture, check_model, check_tokens, dataset_rows, hook_name, norm_gain
 from .models import token_ids, token_names
@@ -33,11 +33,18 @@ __all__ = ['n_neurons', 'check_neuron', 'get_neuron_activations', 'TopActivation
 
 # %% ../nbs/10_neuron_analysis.ipynb #69a99611
 def n_neurons(model: TransformerBridge, layer_idx: int) -> int:
-    "How many neurons a layer has. `InputError` for a model without MLPs, or with several in a layer (experts), and for a layer that it does not have."
-    check_model(model), hook_name(model, "post", layer_idx)
-    weight = getattr(getattr(getattr(model.blocks[layer_idx].mlp, "out", None), "original_component", None), "weight", None)
-    if weight is None or weight.ndim != 2: raise InputError("model", type(model.original_model).__name__, "allowed: a model with one MLP in each layer, and no experts")
+    "How many neurons a layer has. `InputError` for a layer without an MLP, or with several (experts), and for one that the model does not have."
+    check_model(model), check_range("layer_idx", layer_idx, 0, model.cfg.n_layers)
+    having = [layer for layer in range(model.cfg.n_layers) if has_component(model, "post", layer)]
+    if layer_idx not in having: raise InputError("layer_idx", layer_idx, f"no neurons there, or several MLPs (experts); layers of {type(model.original_model).__name__} with neurons: {', '.join(map(str, having)) or 'none'}")
+    weight = getattr(getattr(_write(model, layer_idx), "original_component", None), "weight", None)
+    if weight is None or weight.ndim != 2: raise InputError("model", type(model.original_model).__name__, "allowed: a model whose MLPs write by one matrix")
     return weight.numel() // model.cfg.d_model
+
+def _write(model: TransformerBridge, layer_idx: int) -> Any:
+    "The part of an MLP that writes; in models whose other layers have experts it is named otherwise."
+    mlp = model.blocks[layer_idx].mlp
+    return getattr(mlp, "out", None) or getattr(mlp, "dense_out", None)
 
 def check_neuron(model: TransformerBridge, layer_idx: int, neuron_idx: int) -> None:
     "An `InputError` for a layer or neuron that the model does not have."
@@ -172,7 +179,7 @@ def output_direction(model: TransformerBridge, layer_idx: int, neuron_idx: int) 
     "What a neuron adds to its MLP's output for each unit of activation; `InputError` where the output does not depend on it in this way."
     import torch
     check_neuron(model, layer_idx, neuron_idx)
-    write, names = model.blocks[layer_idx].mlp.out, [hook_name(model, component, layer_idx) for component in ("post", "mlp_out")]
+    write, names = _write(model, layer_idx), [hook_name(model, component, layer_idx) for component in ("post", "mlp_out")]
     seen = capture(model, torch.arange(min(4, model.cfg.d_vocab, model.cfg.n_ctx or 4))[None], names)[1]
     post, out = (seen[name] for name in names)
     unit = torch.zeros(1, 2, post.shape[-1], device=post.device, dtype=post.dtype)

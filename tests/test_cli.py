@@ -275,6 +275,16 @@ def test_lens_prints_every_layer(lettered, place, capsys):
     assert "http://" not in (place / "lens.html").read_text()[:2000]
 
 
+def test_lens_puts_questions_to_models(lettered, place, capsys):
+    (place / "q.csv").write_text("prompt,answer,wrong,group\nthe c,a,b,x\nthe d,b,a,x\n")
+    out = place / "report"
+    assert cli.main(["lens", str(lettered), "--prompts", str(place / "q.csv"), "--out", str(out), "--device", "cpu"]) == 0
+    assert "2 questions, 1 models" in capsys.readouterr().out and (out / "report.md").read_text().startswith("# Where") and "," in (out / "bias.csv").read_text().splitlines()[1]
+    (place / "bad.csv").write_text("question,answer\nwho,me\n")
+    for words, said in (([lettered, "--prompts", place / "bad.csv"], "question"), ([lettered, "--prompts", place / "none.csv"], "no such file"), ([lettered, "--prompts", place / "q.csv", "--save", "x.svg"], "--out"), ([lettered], "a model and a text"), ([lettered, "the c", "--out", out], "--prompts")):
+        assert said in one_line(capsys, "lens", *words)
+
+
 def test_attention_writes_a_page_that_needs_nothing(lettered, place, capsys, monkeypatch):
     runs, extract = [], attention_analysis.extract_attention
     monkeypatch.setattr(attention_analysis, "extract_attention", lambda *args: runs.append(args) or extract(*args))

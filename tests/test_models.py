@@ -332,7 +332,7 @@ def test_llama2c_vocabulary_files(llama):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "./here", "", "model.txt/", "two words"])
 def test_names_that_the_hub_is_not_asked_about(shelf, name, monkeypatch):
-    monkeypatch.setattr(models, "_load_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(models, "_hub_folder", lambda *_: pytest.fail("the hub was asked"))
     refuse(lambda: load_model(name), "gpt/seed0" if name else "")
 
 HUB = """
