@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features"}      # and what their findings are headed
 
 # %% auto #0
-__all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'cmd_chat',
-           'cmd_run', 'cmd_verify', 'findings', 'cmd_report', 'parser', 'main']
+__all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'last_reply',
+           'cmd_chat', 'cmd_run', 'cmd_verify', 'findings', 'cmd_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #dc621897
 def cmd_models(args: argparse.Namespace) -> int:
@@ -123,6 +123,7 @@ def cmd_lens(args: argparse.Namespace) -> int:
         print(f"written to {args.save}")
     return 0
 
+# %% ../nbs/30_cli.ipynb #be8d3503
 def cmd_attention(args: argparse.Namespace) -> int:
     "Write a page that shows where each token of a text looks in every head, and print what the heads look like."
     from mechinterp_lib.attention_analysis import compute_attention_stats, extract_attention, plot_attention
@@ -148,6 +149,7 @@ def _noted_interrupt() -> Iterator[list]:
     try: yield noted
     finally: signal.signal(signal.SIGINT, before)
 
+# %% ../nbs/30_cli.ipynb #460379e7
 class Chat:
     "A conversation: what was said so far, how replies are drawn, and the tokens of the last one with what it was read from."
     def __init__(self, model: TransformerBridge, system: str | None = None, **options):
@@ -184,15 +186,15 @@ class Chat:
             if stopped: yield " [stopped]"
         if self.templated: self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": said}]
 
-    def last(self) -> tuple[Int[Tensor, "one pos"], int]:
-        "The last reply with what it was read from, as far as the context reaches, and where the reply begins; an `InputError` before the first."
-        import torch
-        if not self.written: raise InputError("/lens, /attention", "no reply yet", "say something first")
-        tokens = self.tokens[-(self.model.cfg.n_ctx or len(self.tokens)):]
-        return torch.tensor([tokens], device=self.model.cfg.device), max(1, len(tokens) - self.written)
-
 # %% ../nbs/30_cli.ipynb #19f9f2d2
 _HELP = "/lens [N]: what each layer would have said in the place of the reply's N-th token (default: 1); /attention [FILE]: where each token looks (default: attention.html); /clear: forget what was said; /quit"
+
+def last_reply(chat: Chat) -> tuple[Int[Tensor, "one pos"], int]:
+    "The last reply with what it was read from, as far as the context reaches, and where the reply begins; an `InputError` before the first."
+    import torch
+    if not chat.written: raise InputError("/lens, /attention", "no reply yet", "say something first")
+    tokens = chat.tokens[-(chat.model.cfg.n_ctx or len(chat.tokens)):]
+    return torch.tensor([tokens], device=chat.model.cfg.device), max(1, len(tokens) - chat.written)
 
 def _look(chat: Chat, command: str, argument: str) -> None:
     "Do what a line with a slash says."
@@ -200,7 +202,7 @@ def _look(chat: Chat, command: str, argument: str) -> None:
     from mechinterp_lib.logit_lens import logit_lens
     if check_choice("command", command, ["/lens", "/attention", "/clear", "/help", "/quit"]) == "/clear": return chat.clear()
     if command == "/help": return print(_HELP)
-    tokens, first = chat.last()
+    tokens, first = last_reply(chat)
     if command == "/attention":
         file = Path(argument or "attention.html")
         check_suffix("file", file)
@@ -212,6 +214,7 @@ def _look(chat: Chat, command: str, argument: str) -> None:
     print(f"after {chat.model.tokenizer.decode(tokens[0, max(0, at - 15):at + 1].tolist())!r}")
     _print_layers(lens.top(), lens.summary())
 
+# %% ../nbs/30_cli.ipynb #1ea732f8
 def cmd_chat(args: argparse.Namespace) -> int:
     "Talk with a model, and look into its replies."
     from mechinterp_lib.models import load_model

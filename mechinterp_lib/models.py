@@ -508,6 +508,7 @@ def _ask_hub(name: str):
     except RepositoryNotFoundError as error: raise InputError("name", name, f"neither a shipped model nor a folder, and the Hugging Face hub has no such model, or a private one (log in with: hf auth login); {known}") from error
     except Exception as error: raise InputError("name", name, f"neither a shipped model nor a folder, and the Hugging Face hub did not give it ({_first_line(error)}); check the spelling and the network, or give a local folder; {known}") from error
 
+# %% ../nbs/04_models.ipynb #8e6f4330
 def _hub_folder(name: str, device: str, dtype, device_map: Any = None) -> Path:
     "The folder of a hub model, downloaded if need be; an `InputError` before anything large is, if it cannot be used here."
     from huggingface_hub import constants, snapshot_download

@@ -28,13 +28,13 @@ def test_a_conversation_in_its_template(folder):
     decode = chat.model.tokenizer.decode
     assert decode(chat.read("HI")[0]).replace(" ", "") == "SQRUHIA"
     said = "".join(chat.reply("HI"))
-    tokens, first = chat.last()
+    tokens, first = cli.last_reply(chat)
     assert decode(tokens[0, first:]) == said == chat.messages[-1]["content"] and [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
     assert decode(chat.read("BC")[0]).replace(" ", "") == f"SQRUHIA{said}UBCA".replace(" ", "")                          # what was said is read again
     with pytest.raises(InputError, match="template refuses"): list(chat.reply("BAD"))
     chat.clear()
     assert [message["role"] for message in chat.messages] == ["system"]
-    with pytest.raises(InputError, match="no reply yet"): chat.last()
+    with pytest.raises(InputError, match="no reply yet"): cli.last_reply(chat)
 
 
 def test_a_line_by_itself(folder):
