@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NATIVE', 'LENS_FILE', 'FAMILIES', 'new_model', 'forward_logits', 'check_model_folder', 'save_model', 'free_memory',
-           'check_fits', 'as_bridge', 'list_models', 'describe_model', 'import_nanogpt', 'import_llama2c',
-           'shipped_name', 'load_model', 'Family', 'families_table', 'token_ids', 'token_names', 'written_by',
-           'draw_token', 'stream_tokens', 'end_tokens', 'head_label', 'parse_head', 'stream_parts', 'blank_model',
-           'set_head', 'induction_model', 'fixed_offset_model', 'two_branch_model']
+__all__ = ['NATIVE', 'LENS_FILE', 'MODEL_FAMILIES', 'new_model', 'forward_logits', 'check_model_folder', 'save_model',
+           'free_memory', 'check_fits', 'as_bridge', 'list_models', 'describe_model', 'import_nanogpt',
+           'import_llama2c', 'shipped_name', 'load_model', 'Family', 'families_table', 'token_ids', 'token_names',
+           'written_by', 'draw_token', 'stream_tokens', 'end_tokens', 'head_label', 'parse_head', 'stream_parts',
+           'blank_model', 'set_head', 'induction_model', 'fixed_offset_model', 'two_branch_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
 _HF_CLASSES = {"GPT2LMHeadModel": "GPT2Config", "LlamaForCausalLM": "LlamaConfig", "Qwen3ForCausalLM": "Qwen3Config"}
@@ -572,7 +572,7 @@ class Family:
     neurons: str = ""
     edges: str = ""
 
-FAMILIES = [
+MODEL_FAMILIES = [
     Family("GPT-2", "gpt2, gpt2-medium, gpt2-large, gpt2-xl", "GPT2LMHeadModel"),
     Family("nanoGPT", "a ckpt.pt", "GPT2LMHeadModel"),
     Family("llama2.c", "a .bin of version 0, its tok*.vocab beside it", "LlamaForCausalLM"),
@@ -587,7 +587,7 @@ FAMILIES = [
 def families_table() -> pd.DataFrame:
     "A row for each family: where its models come from, their class, and whether each analysis is there."
     import pandas as pd
-    rows = [{"family": one.name, "source": one.source, "class": one.architecture, "attention": "yes", "lens": "yes", "patch scans": one.scans or "yes", "neurons": one.neurons or "yes", "edges": one.edges or "yes", "autoencoders": "yes"} for one in FAMILIES]
+    rows = [{"family": one.name, "source": one.source, "class": one.architecture, "attention": "yes", "lens": "yes", "patch scans": one.scans or "yes", "neurons": one.neurons or "yes", "edges": one.edges or "yes", "autoencoders": "yes"} for one in MODEL_FAMILIES]
     return pd.DataFrame(rows).set_index("family")
 
 # %% ../nbs/04_models.ipynb #42856f9c

@@ -61,12 +61,12 @@ def prompts(n=4, length=T):
 
 def listed(model):
     "What the library says of a model's family."
-    return next(one for one in models.FAMILIES if one.architecture == model.cfg.architecture)
+    return next(one for one in models.MODEL_FAMILIES if one.architecture == model.cfg.architecture)
 
 
 def test_every_family_is_here():
     "nanoGPT's and llama2.c's files have tests of their own, and are of classes that are here."
-    assert {one.architecture for one in models.FAMILIES} == {kind for kind, _ in FAMILIES.values()}
+    assert {one.architecture for one in models.MODEL_FAMILIES} == {kind for kind, _ in FAMILIES.values()}
 
 
 def test_logits_and_patterns_are_those_of_transformers(folder, model):
