@@ -498,7 +498,7 @@ def patch_scan(model: TransformerBridge, clean_input: str | Sequence[str] | Int[
     the first difference, `memory` bounds in bytes what the runs take at a time. Axes of the result: pair, layer, pos, head or neuron, those that were not scanned left out."""
     import torch
     check_model(model), check_choice("heads", heads, ["each", "all"])
-    layers = _some_layers(model, layers)
+    layers = _some_layers(model, layers, component)
     pairs = run_pairs(model, clean_input, corrupted_input, [component], metric, direction, memory)
     same = (pairs.clean == pairs.corrupted).long().cumprod(1).bool() if skip_same else torch.zeros_like(pairs.clean, dtype=torch.bool)
     if pairs.mask is not None: same |= pairs.mask == 0
@@ -506,10 +506,12 @@ def patch_scan(model: TransformerBridge, clean_input: str | Sequence[str] | Int[
     return pairs.scan(component, *_named(component, layers, positions, patched, pairs.mask), None if tokens is None else (_named_positions(tokens, patched, pairs.clean),))
 
 # %% ../nbs/07_activation_patching.ipynb #5bb176a0
-def _some_layers(model: TransformerBridge, layers: Sequence[int] | None) -> list[int]:
-    "The layers to scan, all by default."
+def _some_layers(model: TransformerBridge, layers: Sequence[int] | None, component: str) -> list[int]:
+    "The layers to scan, by default all that have the component; an `InputError` for one that has it not (experts have no neurons in common)."
     if layers is not None and not hasattr(layers, "__iter__"): raise InputError("layers", layers, f"allowed: a list of layers, 0 to {model.cfg.n_layers - 1}")
-    chosen = list(range(model.cfg.n_layers)) if layers is None else [check_range("layers", layer, 0, model.cfg.n_layers) for layer in layers]
+    having = [layer for layer in range(model.cfg.n_layers) if component in COMPONENTS and has_component(model, component, layer)] or range(model.cfg.n_layers)      # none: that is said elsewhere
+    chosen = list(having) if layers is None else [check_range("layers", layer, 0, model.cfg.n_layers) for layer in layers]
+    if lacking := sorted(set(chosen) - set(having)): raise InputError("layers", lacking[0], f"it has no {component}; layers that have: {', '.join(map(str, having))}")
     if not chosen or len(set(chosen)) < len(chosen): raise InputError("layers", layers, f"allowed: different layers, 0 to {model.cfg.n_layers - 1}, at least one")
     return chosen
 
@@ -652,7 +654,7 @@ def ablation_scan(model: TransformerBridge, inputs: str | Sequence[str] | Int[Te
     `reference`); `reference` is `inputs` by default. `metric`: by default the loss on the prompts, so that a positive effect is a loss that grew."""
     import torch
     check_model(model), check_choice("heads", heads, ["each", "all"])
-    layers = _some_layers(model, layers)
+    layers = _some_layers(model, layers, component)
     pairs, value, names = _run_ablations(model, inputs, [component], method, reference, metric, memory)
     same = torch.zeros_like(pairs.clean, dtype=torch.bool) if pairs.mask is None else pairs.mask == 0
     patched = _scanned(pairs, component, {layer: value(component, layer) for layer in layers}, positions, heads == "each", same)
@@ -790,7 +792,7 @@ def attribution_patching(model: TransformerBridge, clean_input: str | Sequence[s
     batch; memory as for a training step on it."""
     import torch
     check_model(model), check_choice("positions", positions, ["each", "all"]), check_choice("heads", heads, ["each", "all"])
-    layers = _some_layers(model, layers)
+    layers = _some_layers(model, layers, component)
     pairs = run_pairs(model, clean_input, corrupted_input, [component], metric, direction, MEMORY)
     gradients = slopes(pairs, component, layers)
     first = torch.stack([((pairs.source(component, layer) - pairs.base(component, layer)) * slope) for layer, slope in zip(layers, gradients)], dim=1)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse, contextlib, importlib, os, signal, sys, threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .core import (PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir,
                                  run_stage, write_text)
-from .models import stream_tokens, token_ids
+from .models import stream_tokens, token_ids, window_start
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features"}      # and what their findings are headed
 
 # %% auto #0
-__all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'last_reply',
+__all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'read_for',
            'cmd_chat', 'cmd_run', 'cmd_verify', 'findings', 'cmd_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #dc621897
@@ -95,10 +96,11 @@ def _lens_report(args: argparse.Namespace) -> int:
     from mechinterp_lib.lens_report import read_questions, write_report
     from mechinterp_lib.logit_lens import load_tuned_lens
     from mechinterp_lib.models import load_model
-    if args.save: raise InputError("save", str(args.save), "not with --prompts, which writes a folder: --out names it")
-    questions, models = read_questions(args.prompts), {name: load_model(name, device=args.device) for name in dict.fromkeys(args.model)}
-    tuned = {name: load_tuned_lens(name, model) for name, model in models.items()} if args.mode == "tuned" else None
-    print(f"{len(questions)} questions, {len(models)} models: written to {write_report(models, questions, args.out or Path('lens-report'), args.mode, tuned)}")
+    for name, value in {"save": args.save, "position": args.position, "top": args.top}.items():
+        if value is not None: raise InputError(name, str(value), "not with --prompts, which writes a folder: --out names it")
+    questions, models = read_questions(args.prompts), {name: partial(load_model, name, device=args.device) for name in dict.fromkeys(args.model)}
+    path = write_report(models, questions, args.out or Path("lens-report"), args.mode, load_tuned_lens if args.mode == "tuned" else None)
+    print(f"{len(questions)} questions, {len(models)} models: written to {path}")
     return 0
 
 def cmd_lens(args: argparse.Namespace) -> int:
@@ -111,9 +113,8 @@ def cmd_lens(args: argparse.Namespace) -> int:
     from mechinterp_lib.models import load_model
     if args.save: check_suffix("save", args.save)
     model = load_model(args.model, device=args.device)
-    lens = analyze(model, args.text, mode=args.mode, top_k=args.top, tuned=load_tuned_lens(args.model, model) if args.mode == "tuned" else None)
-    check_range("position", args.position, -len(lens.tokens[0]), len(lens.tokens[0]))
-    at = args.position % len(lens.tokens[0])
+    lens = analyze(model, args.text, mode=args.mode, top_k=5 if args.top is None else args.top, tuned=load_tuned_lens(args.model, model) if args.mode == "tuned" else None)
+    at = check_range("position", -1 if args.position is None else args.position, -len(lens.tokens[0]), len(lens.tokens[0])) % len(lens.tokens[0])
     top, summary = (frame[frame.pos == at] for frame in (lens.top(), lens.summary()))
     _print_layers(top, summary)
     settled = measure_convergence(lens)["layer"]
@@ -166,6 +167,7 @@ class Chat:
     def read(self, line: str) -> Int[Tensor, "one pos"]:
         "The tokens that a line makes the model read: the conversation so far in the tokenizer's own template, or the system prompt and the line. `InputError` for what the vocabulary cannot write, or a template that refuses it."
         import torch
+        if any("\ud800" <= letter <= "\udfff" for letter in line): raise InputError("line", ascii(line[:40]), "it is not UTF-8")
         if not self.templated: return token_ids(self.model, (self.system or "") + line)[0]
         try: text = self.model.tokenizer.apply_chat_template([*self.messages, {"role": "user", "content": line}], add_generation_prompt=True, tokenize=False)
         except Exception as error: raise InputError("line", line[:40], f"the model's chat template refuses it: {error}") from error
@@ -174,7 +176,7 @@ class Chat:
     def reply(self, line: str) -> Iterator[str]:
         "What the model answers, piece by piece; Ctrl-C ends it there."
         ids, decode, said = self.read(line), self.model.tokenizer.decode, ""
-        self.tokens, self.written = ids[0].tolist(), 0
+        self.tokens, self.written, self.asked = ids[0].tolist(), 0, ids.shape[1]
         with _noted_interrupt() as stopped:
             for token in stream_tokens(self.model, ids, **self.options):
                 self.tokens.append(token)
@@ -189,30 +191,31 @@ class Chat:
 # %% ../nbs/30_cli.ipynb #19f9f2d2
 _HELP = "/lens [N]: what each layer would have said in the place of the reply's N-th token (default: 1); /attention [FILE]: where each token looks (default: attention.html); /clear: forget what was said; /quit"
 
-def last_reply(chat: Chat) -> tuple[Int[Tensor, "one pos"], int]:
-    "The last reply with what it was read from, as far as the context reaches, and where the reply begins; an `InputError` before the first."
-    import torch
+def read_for(chat: Chat, n: int) -> list[int]:
+    "What the model read when it drew the `n`-th token of its last reply, from 1 on; an `InputError` before the first reply."
     if not chat.written: raise InputError("/lens, /attention", "no reply yet", "say something first")
-    tokens = chat.tokens[-(chat.model.cfg.n_ctx or len(chat.tokens)):]
-    return torch.tensor([tokens], device=chat.model.cfg.device), max(1, len(tokens) - chat.written)
+    start, end = 0, chat.asked + check_range("/lens", n, 1, chat.written + 1) - 1
+    for at in range(chat.asked, end + 1): start = window_start(start, at, chat.model.cfg.n_ctx)
+    return chat.tokens[start:end]
 
 def _look(chat: Chat, command: str, argument: str) -> None:
     "Do what a line with a slash says."
+    import torch
     from mechinterp_lib.attention_analysis import extract_attention, plot_attention
     from mechinterp_lib.logit_lens import logit_lens
     if check_choice("command", command, ["/lens", "/attention", "/clear", "/help", "/quit"]) == "/clear": return chat.clear()
     if command == "/help": return print(_HELP)
-    tokens, first = last_reply(chat)
     if command == "/attention":
-        file = Path(argument or "attention.html")
+        file, tokens = Path(argument or "attention.html"), torch.tensor([read_for(chat, chat.written or 1)], device=chat.model.cfg.device)
         check_suffix("file", file)
         plot_attention(extract_attention(chat.model, tokens), file, 0, 0)
         return print(f"written to {file}")
     if not (argument or "1").isdecimal(): raise InputError("/lens", argument, "allowed: the number of a token of the reply")
-    at = first - 2 + check_range("/lens", int(argument or 1), 1, tokens.shape[1] - first + 1)
-    lens = logit_lens(chat.model, tokens, target_position=at)
-    print(f"after {chat.model.tokenizer.decode(tokens[0, max(0, at - 15):at + 1].tolist())!r}")
+    read = read_for(chat, int(argument or 1))
+    lens = logit_lens(chat.model, torch.tensor([read], device=chat.model.cfg.device))
+    print(f"after {chat.model.tokenizer.decode(read[-16:])!r}")
     _print_layers(lens.top(), lens.summary())
+
 
 # %% ../nbs/30_cli.ipynb #1ea732f8
 def cmd_chat(args: argparse.Namespace) -> int:
@@ -220,6 +223,8 @@ def cmd_chat(args: argparse.Namespace) -> int:
     from mechinterp_lib.models import load_model
     chat = Chat(load_model(args.model, device=args.device, dtype=args.dtype), args.system, n=args.tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
     print(f"{args.model}: " + ("a conversation in its own template" if chat.templated else "it has no chat template and goes on from each line as it stands") + "; /help, Ctrl-D ends")
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):               # what is no text is refused line by line; a terminal that lacks a letter shows another
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors=errors)
     while True:
         try: line = input("> ")
         except EOFError: return print() or 0
@@ -358,8 +363,8 @@ def _looking(add: Callable) -> None:
     attention.add_argument("text", help="what the model reads")
     for command in (lens, attention): command.add_argument("--device", help="cpu, cuda or mps")
     lens.add_argument("--mode", default="norm", choices=["norm", "raw", "tuned"], help="with the model's final norm at every layer, without, or through the translation kept beside the model (default: norm)")
-    lens.add_argument("--position", type=int, default=-1, help="of the token whose continuation is asked for (default: -1, the last)")
-    lens.add_argument("--top", type=int, default=5, help="how many tokens to print")
+    lens.add_argument("--position", type=int, help="of the token whose continuation is asked for (default: -1, the last)")
+    lens.add_argument("--top", type=int, help="how many tokens to print (default: 5)")
     lens.add_argument("--save", type=Path, help=f"write the map of all layers and positions: {', '.join(PICTURES)}")
     attention.add_argument("--out", type=Path, default=Path("attention.html"), help="the page, or with .svg or .png a map (default: attention.html)")
     attention.add_argument("--layer", type=int, default=0, help="the head that is shown first")

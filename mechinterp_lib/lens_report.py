@@ -5,12 +5,14 @@
 # %% ../nbs/16_lens_report.ipynb #07d51a5a
 from __future__ import annotations
 
+import csv, json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from .activation_patching import ablation_scan, log_probability, logit_diff
 from .core import InputError, check_choice, write_text
+from .interventions import check_tokens
 from .logit_lens import TunedLens, depth, direct_logit_attribution, logit_cap, logit_lens, sample_layers
 from .models import token_ids
 from .statistics import mean_result
@@ -32,20 +34,29 @@ class Question:
     wrong: str | None = None
     group: str = ""
 
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    "The rows of a table with their numbers; an `InputError` for what is no table."
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if path.suffix.lower() == ".csv": yield from enumerate(csv.DictReader(file, restkey="more fields than columns", restval=None), 1)
+        else: yield from ((i, json.loads(line)) for i, line in enumerate(file, 1) if line.strip())
+
 def read_questions(path: str | Path) -> list[Question]:
-    "The questions of a .csv or .jsonl file with the columns prompt, answer, and, if there are any, wrong and group; `InputError` for another form, a column that is missing or unknown, and an empty prompt or answer."
-    import pandas as pd
-    path = Path(path).expanduser()
+    "The questions of a .csv or .jsonl file with the columns prompt, answer, and, if there are any, wrong and group; `InputError` for another form, a column that is missing or unknown, an empty prompt or answer, and a value that is neither text nor a whole number."
+    path, found = Path(path).expanduser(), []
     if not path.is_file(): raise InputError("prompts", str(path), "there is no such file")
     check_choice("prompts", path.suffix.lower(), [".csv", ".jsonl"])
-    try: table = pd.read_csv(path, dtype=str, keep_default_na=False) if path.suffix.lower() == ".csv" else pd.read_json(path, lines=True, dtype=False)
-    except (ValueError, UnicodeDecodeError) as error: raise InputError("prompts", str(path), f"it is no table: {str(error).splitlines()[0]}") from error
-    for column in table.columns: check_choice("prompts", column, ["prompt", "answer", "wrong", "group"])
-    if missing := {"prompt", "answer"} - set(table.columns): raise InputError("prompts", str(path), f"it lacks the column {', '.join(sorted(missing))}")
-    rows = table.astype(object).where(table.notna(), "").astype(str).to_dict("records")
-    empty = [i for i, row in enumerate(rows, 1) if not (row["prompt"] and row["answer"])]
-    if empty or not rows: raise InputError("prompts", str(path), f"no prompt or no answer in row {empty[0]}" if empty else "it holds no question")
-    return [Question(row["prompt"], row["answer"], row.get("wrong") or None, row.get("group") or f"{i}") for i, row in enumerate(rows, 1)]
+    try: rows = list(_rows(path))
+    except (ValueError, csv.Error) as error: raise InputError("prompts", str(path), f"it is no table: {str(error).splitlines()[0]}") from error
+    for i, row in rows:
+        if not isinstance(row, dict): raise InputError("prompts", f"row {i}", "allowed: an object with prompt and answer")
+        for column in row: check_choice(f"prompts, row {i}", column, ["prompt", "answer", "wrong", "group"])
+        for column, value in row.items():
+            if not isinstance(value, str | int | None) or isinstance(value, bool): raise InputError(f"prompts, row {i}", f"{column} = {value!r}", "allowed: text or a whole number")
+        values = {column: "" if value is None else str(value) for column, value in row.items()}
+        if not (values.get("prompt") and values.get("answer")): raise InputError("prompts", f"row {i}", "a prompt and an answer are needed (columns prompt, answer)")
+        found.append(Question(values["prompt"], values["answer"], values.get("wrong") or None, values.get("group") or f"(row {i})"))
+    if not found: raise InputError("prompts", str(path), "it holds no question")
+    return found
 
 def answer_token(model: TransformerBridge, prompt: str, answer: str) -> int:
     "The token with which an answer begins behind a prompt; `InputError` where the tokenizer joins the two, or knows a letter not."
@@ -58,7 +69,9 @@ def readable(model: TransformerBridge, questions: Sequence[Question]) -> tuple[l
     "The questions that a model can read, with answers that it can say; and why it cannot read the others."
     kept, reasons = [], []
     for question in questions:
-        try: tokens = {answer_token(model, question.prompt, answer) for answer in (question.answer, question.wrong) if answer}
+        try:
+            tokens = {answer_token(model, question.prompt, answer) for answer in (question.answer, question.wrong) if answer}
+            check_tokens(model, token_ids(model, question.prompt)[0], argument="prompt")
         except InputError as error: reasons.append(f"{question.prompt!r}: {error}"); continue
         if len(tokens) < 1 + (question.wrong is not None): reasons.append(f"{question.prompt!r}: {question.answer!r} and {question.wrong!r} begin alike")
         else: kept.append(question)
@@ -88,22 +101,23 @@ def over_questions(table: pd.DataFrame, by: Sequence[str], measures: Iterable[st
             if not len(values): continue
             result = mean_result(values, unit="", how="") if len(values) > 1 else None
             rows.append(dict(zip(by, key if isinstance(key, tuple) else (key,))) | {"measure": measure, "value": values.mean(), "low": result.ci_low if result else float("nan"), "high": result.ci_high if result else float("nan"), "n": len(values)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*by, "measure", "value", "low", "high", "n"])
 
 # %% ../nbs/16_lens_report.ipynb #e3437aa8
 def directional_bias(answers: pd.DataFrame) -> pd.DataFrame:
-    "For each group whose answers are exchanged in some questions, and each layer: by how many nats the model leans to the answer of the first (`bias`), and by how many the question moves it (`sway`)."
+    "For each pair of answers that are exchanged in some questions of a group, and each layer: by how many nats the model leans to the one that comes first (`bias`), and by how many the question moves it (`sway`)."
     import pandas as pd
     rows = []
-    for (group, layer, level), some in answers.dropna(subset=["logit_diff"]).groupby(["group", "layer", "depth"], sort=False):
-        first = some.iloc[0]
-        one, other = (some[(some.answer == right) & (some.wrong == wrong)].logit_diff for right, wrong in ((first.answer, first.wrong), (first.wrong, first.answer)))
-        if len(one) and len(other): rows.append({"group": group, "answer": first.answer, "wrong": first.wrong, "layer": layer, "depth": level, "bias": (one.mean() - other.mean()) / 2, "sway": (one.mean() + other.mean()) / 2, "n": len(one) + len(other)})
+    asked = answers.dropna(subset=["logit_diff"])
+    for (group, _, layer, level), some in asked.groupby(["group", asked[["answer", "wrong"]].apply(frozenset, axis=1), "layer", "depth"], sort=False):
+        right, wrong = some.iloc[0][["answer", "wrong"]]
+        one, other = some[some.answer == right].logit_diff, some[some.answer == wrong].logit_diff
+        if len(other): rows.append({"group": group, "answer": right, "wrong": wrong, "layer": layer, "depth": level, "bias": (one.mean() - other.mean()) / 2, "sway": (one.mean() + other.mean()) / 2, "n": len(some)})
     return pd.DataFrame(rows, columns=["group", "answer", "wrong", "layer", "depth", "bias", "sway", "n"])
 
 def wordings(answers: pd.DataFrame) -> pd.DataFrame:
-    "For each group with several questions of one answer, and each layer: mean, least and largest probability of the answer, and the standard deviation of its logit difference (nats), over wordings."
-    several = answers.groupby(["group", "answer", "layer", "depth"], sort=False)
+    "For each group with several questions of one answer (and one wrong one), and each layer: mean, least and largest probability of the answer, and the standard deviation of its logit difference (nats), over wordings."
+    several = answers.groupby(["group", "answer", "wrong", "layer", "depth"], sort=False, dropna=False)
     found = several.agg(probability=("probability", "mean"), least=("probability", "min"), most=("probability", "max"), spread=("logit_diff", "std"), n=("question", "size")).reset_index()
     return found[found.n > 1].reset_index(drop=True)
 
@@ -128,8 +142,8 @@ def contributions(model: TransformerBridge, questions: Sequence[Question]) -> pd
         for layer in range(model.cfg.n_layers):
             own = parts[parts.component.str.match(rf"(layer_{layer}_|L{layer}H)")]
             mlp = own.component == f"layer_{layer}_mlp"
-            rows.append({"question": number, "layer": layer, "depth": depth(model, layer), "attention": own.contribution[~mlp].sum(), "mlp": own.contribution[mlp].sum()})
-    return pd.DataFrame(rows, columns=["question", "layer", "depth", "attention", "mlp"])
+            rows.append({"question": number, "layer": layer, "depth": depth(model, layer), "of": "logit" if question.wrong is None else "logit difference", "attention": own.contribution[~mlp].sum(), "mlp": own.contribution[mlp].sum()})
+    return pd.DataFrame(rows, columns=["question", "layer", "depth", "of", "attention", "mlp"])
 
 def moving_heads(model: TransformerBridge, questions: Sequence[Question], low: float = 0.4, high: float = 0.85) -> pd.DataFrame:
     "For each question and head of the layers between two depths, the change of the logit difference (or, without a wrong answer, of the answer's log-probability) when the head writes nothing, in nats; of both ends the nearest layer where none lies between. Negative: the head helps the answer."
@@ -140,29 +154,30 @@ def moving_heads(model: TransformerBridge, questions: Sequence[Question], low: f
         right, wrong = (answer and answer_token(model, question.prompt, answer) for answer in (question.answer, question.wrong))
         metric = log_probability(model, right) if wrong is None else logit_diff(model, right, wrong)
         found = ablation_scan(model, question.prompt, layers=layers, metric=metric).to_frame()
-        tables.append(found.assign(question=number, depth=found.layer.map(levels))[["question", "layer", "head", "depth", "effect"]])
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["question", "layer", "head", "depth", "effect"])
+        tables.append(found.assign(question=number, depth=found.layer.map(levels), of=metric.name)[["question", "layer", "head", "depth", "of", "effect"]])
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["question", "layer", "head", "depth", "of", "effect"])
 
 # %% ../nbs/16_lens_report.ipynb #69e4dd73
-def reports(models: Mapping[str, TransformerBridge], questions: Sequence[Question], mode: str = "norm", tuned: Mapping[str, TunedLens] | None = None) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
-    "The tables of all models, `model` their first column, and what each could not read. `InputError` for a model that can read no question."
+def reports(models: Mapping[str, TransformerBridge | Callable[[], TransformerBridge]], questions: Sequence[Question], mode: str = "norm", tuned: Callable[[str, TransformerBridge], TunedLens] | None = None) -> tuple[dict[str, pd.DataFrame], dict[str, list[str]]]:
+    "The tables of all models, `model` their first column, and what each could not read. A model may be given by a function that opens it, so that one at a time is in memory; `tuned(name, model)` is its tuned lens. `InputError` for a model that can read no question."
     import pandas as pd
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in ("answers", "bias", "wordings", "temperatures", "contributions", "heads")}
     unread = {}
-    for name, model in models.items():
+    for name, given in models.items():
+        model = given if hasattr(given, "original_model") else given()
         own, unread[name] = readable(model, questions)
         if not own: raise InputError("prompts", f"{len(questions)} questions", f"{name} can read none of them; {unread[name][0]}")
-        answers = read_answers(model, own, mode, (tuned or {}).get(name))
+        answers = read_answers(model, own, mode, tuned and tuned(name, model))
         found = {"answers": answers, "bias": directional_bias(answers), "wordings": wordings(answers), "temperatures": temperature_sweep(model, own), "contributions": contributions(model, own), "heads": moving_heads(model, own)}
         for kind, table in found.items(): tables[kind].append(table.assign(model=name)[["model", *table.columns]])
     return {name: pd.concat(some, ignore_index=True) for name, some in tables.items()}, unread
 
 def _markdown(table: pd.DataFrame) -> str:
     "A table as Markdown, numbers to three decimals."
-    cells = [[f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", "\\n") for value in row] for row in table.itertuples(index=False)]
+    cells = [["" if value != value else f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", "\\n") for value in row] for row in table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(map(str, table.columns)), ["---"] * len(table.columns), *cells])
 
-def write_report(models: Mapping[str, TransformerBridge], questions: Sequence[Question], out: str | Path, mode: str = "norm", tuned: Mapping[str, TunedLens] | None = None) -> Path:
+def write_report(models: Mapping[str, TransformerBridge | Callable[[], TransformerBridge]], questions: Sequence[Question], out: str | Path, mode: str = "norm", tuned: Callable[[str, TransformerBridge], TunedLens] | None = None) -> Path:
     "Write a folder with `report.md`, a .csv for each table, and the answer's probability and the divergence from the model's own prediction by depth as .svg; returns the report's path. Everything is computed before anything is written."
     from mechinterp_lib.plots import line_plot, save_figure
     out = Path(out).expanduser()
@@ -182,18 +197,25 @@ def _report_text(tables: Mapping[str, pd.DataFrame], by_depth: pd.DataFrame, unr
     def part(title: str, say: str, table: pd.DataFrame) -> str:
         "A section, or nothing where there is nothing to show."
         return f"## {title}\n\n{say}\n\n{_markdown(table)}\n" if len(table) else ""
-    measures = by_depth.assign(value=[f"{value:.3f}" + ("" if low != low else f" [{low:.3f}, {high:.3f}]") for value, low, high in by_depth[["value", "low", "high"]].itertuples(index=False)], depth=(100 * by_depth.depth).round().astype(int).astype(str) + "%")
-    shown = measures.pivot_table(index=["model", "depth", "n"], columns="measure", values="value", aggfunc="first", sort=False).reset_index().fillna("")
-    ends = tables["bias"].groupby(["model", "group"], sort=False).tail(1).drop(columns=["layer", "depth"]) if len(tables["bias"]) else tables["bias"]
-    words = tables["wordings"].groupby(["model", "group", "answer"], sort=False).tail(1).drop(columns=["layer", "depth"]) if len(tables["wordings"]) else tables["wordings"]
-    sweep = over_questions(tables["temperatures"], ["model", "temperature"], ["probability"]).pivot_table(index="model", columns="temperature", values="value", sort=False).reset_index()
-    added = over_questions(tables["contributions"], ["model", "layer"], ["attention", "mlp"]) if len(tables["contributions"]) else tables["contributions"]
-    if len(added): added = added.pivot_table(index=["model", "layer", "n"], columns="measure", values="value", sort=False).reset_index()
-    heads = over_questions(tables["heads"], ["model", "layer", "head"], ["effect"]).drop(columns="measure")
-    heads = heads.assign(size=heads.value.abs()).sort_values("size", ascending=False, kind="stable").groupby("model", sort=False).head(8).sort_values("model", kind="stable").drop(columns="size")
+    def wide(long: pd.DataFrame, index: Sequence[str], columns: str) -> pd.DataFrame:
+        "Means with interval and n, one column for each of what is asked."
+        said = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}; n = {row.n}]" if row.low == row.low else f"{row.value:.3f} [n = {row.n}]" for row in long.itertuples()]
+        return long.assign(value=said).pivot_table(index=list(index), columns=columns, values="value", aggfunc="first", sort=False).reset_index().fillna("")
+    def at_the_end(table: pd.DataFrame) -> pd.DataFrame:
+        "The rows of the last layer."
+        return table[table.depth == 1].drop(columns=["layer", "depth"])
+    percent = (100 * by_depth.depth).round().astype(int).astype(str) + "%"
+    shown = wide(by_depth.assign(depth=percent), ["model", "depth"], "measure")
+    ends, words = at_the_end(tables["bias"]), at_the_end(tables["wordings"])
+    sweep = wide(over_questions(tables["temperatures"], ["model", "temperature"], ["probability"]), ["model"], "temperature")
+    added = over_questions(tables["contributions"], ["model", "layer", "of"], ["attention", "mlp"])
+    added = wide(added, ["model", "layer", "of"], "measure") if len(added) else added
+    heads = over_questions(tables["heads"], ["model", "layer", "head", "depth", "of"], ["effect"])
+    heads = heads.assign(size=heads.value.abs()).sort_values("size", ascending=False, kind="stable").groupby(["model", "of"], sort=False).head(8).sort_values("model", kind="stable")
+    heads = wide(heads, ["model", "layer", "head", "depth", "of"], "measure")
     skipped = "\n".join(f"- {name} cannot read {reason}" for name, reasons in unread.items() for reason in reasons)
     return "# Where the answer appears\n\n" + "\n".join(filter(None, [
-        f"Read with the {mode} lens. Brackets hold 95% intervals over questions; n is how many. What parts add is observed; what heads do is asked by taking each away.\n", skipped and f"Left out:\n\n{skipped}\n",
+        f"Read with the {mode} lens. Brackets hold 95% intervals over questions, and how many there are. What parts add is observed; what heads do is asked by taking each away.\n", skipped and f"Left out:\n\n{skipped}\n",
         "![probability](probability.svg)\n\n![divergence](kl.svg)\n", part("By depth", "0% is the embedding, 100% the last layer.", shown), part("Leaning to one answer", "At the last layer, in nats: `bias` towards the group's first answer whatever is asked, and `sway`, by how much the question moves it.", ends),
         part("Other wordings", "At the last layer: the answer's probability over wordings, and the standard deviation of its logit difference in nats.", words), part("Temperature", "The answer's probability, mean over questions.", sweep),
-        part("Attention and MLPs", "What each layer adds to the logit difference (or the answer's logit), in nats, mean over questions.", added), part("Heads between 40% and 85% of the depth", "The change of the logit difference, in nats, when a head writes nothing; the largest eight.", heads)]))
+        part("Attention and MLPs", "What each layer adds to the logit difference (or, where a question has no wrong answer, to the answer's logit), in nats, mean over questions.", added), part("Heads that move the answer", "Between 40% and 85% of the depth, or as near as there is a layer: the change of the logit difference (or of the log-probability), in nats, when a head writes nothing; the largest eight.", heads)]))

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ['NATIVE', 'LENS_FILE', 'MODEL_FAMILIES', 'new_model', 'forward_logits', 'check_model_folder', 'save_model',
            'free_memory', 'check_fits', 'as_bridge', 'list_models', 'describe_model', 'import_nanogpt',
            'import_llama2c', 'shipped_name', 'load_model', 'Family', 'families_table', 'token_ids', 'token_names',
-           'written_by', 'draw_token', 'stream_tokens', 'end_tokens', 'head_label', 'parse_head', 'stream_parts',
-           'blank_model', 'set_head', 'induction_model', 'fixed_offset_model', 'two_branch_model']
+           'written_by', 'draw_token', 'stream_tokens', 'window_start', 'end_tokens', 'head_label', 'parse_head',
+           'stream_parts', 'blank_model', 'set_head', 'induction_model', 'fixed_offset_model', 'two_branch_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
 _HF_CLASSES = {"GPT2LMHeadModel": "GPT2Config", "LlamaForCausalLM": "LlamaConfig", "Qwen3ForCausalLM": "Qwen3Config"}
@@ -221,13 +221,26 @@ def free_memory(device: str) -> int:
     import psutil, torch
     if device.startswith("cuda"): return torch.cuda.mem_get_info(device)[0]
     if device.startswith("mps"): return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, _left_to_container())
+
+def _left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    "Bytes that a container may still take, cached files that can be dropped among them; much where there is no limit."
+    try:
+        limit, used, stat = ((folder / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+        return int(limit) - int(used) + int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])
+    except (OSError, ValueError, TypeError): return 2**60                     # not there, or "max"
+
+def _placed(device: str, device_map: str | Mapping | None) -> list[str]:
+    "The devices that a model is to be put on."
+    import torch
+    if device_map is None: return [device]
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"): return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or [device]
+    named = [device_map] if isinstance(device_map, str) else device_map.values()
+    return sorted({f"cuda:{place}" if isinstance(place, int) else str(place) for place in named})
 
 def check_fits(name: str, count: int, device: str, dtype: Any = None, device_map: Any = None) -> None:
-    "An `InputError` where a model's `count` weights need more memory than is free: on the device, or with a device map on all accelerators together."
-    import torch
-    dtype = pick_dtype(dtype)
-    where = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if device_map is not None and torch.cuda.is_available() else [device]
+    "An `InputError` where a model's `count` weights need more memory than is free: on the device, or with a device map on all that it names together."
+    dtype, where = pick_dtype(dtype), _placed(device, device_map)
     free, needed = sum(map(free_memory, where)), count * dtype.itemsize
     if needed <= free: return
     less = f"; in bfloat16 it would need {count * 2 / 1e9:.1f} GB" if dtype.itemsize > 2 else ""
@@ -307,13 +320,18 @@ def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | No
     "The tokenizer of a folder, None where there is none: what its `tokenizer_config.json` describes, or its `tokenizer.json` with the begin and end tokens that the model's configuration names."
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    if path.with_name("tokenizer_config.json").is_file():
+    ids = {"bos_token": config.get("bos_token_id"), "eos_token": config.get("eos_token_id")}
+    if (said := path.with_name("tokenizer_config.json")).is_file():
         kind = PreTrainedTokenizerFast if path.is_file() else AutoTokenizer                    # the class of a family may add tokens of its own
-        with contextlib.suppress(Exception), _quiet_transformers(): return kind.from_pretrained(path.parent, local_files_only=True)
+        try:
+            with _quiet_transformers(): tokenizer = kind.from_pretrained(path.parent, local_files_only=True)
+        except Exception as error: raise InputError("path", str(said), f"the tokenizer cannot be opened: {_first_line(error)}") from error
+        for name in ids.keys() - read_json(said).keys():                                       # not named there, not even as null: GPT-2's file says nothing of them
+            if isinstance(ids[name], int): tokenizer.add_special_tokens({name: tokenizer.convert_ids_to_tokens(ids[name])})
+        return tokenizer
     if not path.is_file(): return None
     try: plain = Tokenizer.from_file(str(path))
     except Exception as error: raise InputError("path", str(path), f"not a tokenizer file: {_first_line(error)}") from error
-    ids = {"bos_token": config.get("bos_token_id"), "eos_token": config.get("eos_token_id")}
     special = {name: plain.id_to_token(i) for name, i in ids.items() if isinstance(i, int)}
     return PreTrainedTokenizerFast(tokenizer_object=plain, clean_up_tokenization_spaces=False, **{name: token for name, token in special.items() if token})
 
@@ -511,8 +529,12 @@ def _ask_hub(name: str):
 # %% ../nbs/04_models.ipynb #8e6f4330
 def _hub_folder(name: str, device: str, dtype, device_map: Any = None) -> Path:
     "The folder of a hub model, downloaded if need be; an `InputError` before anything large is, if it cannot be used here."
-    from huggingface_hub import constants, snapshot_download
-    if folder := _cached(name): return folder
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+    folder = _cached(name)
+    if folder and (constants.HF_HUB_OFFLINE or any(folder.glob("tokenizer*"))): return folder
+    if folder:                                                                 # another program may have fetched the weights alone
+        with contextlib.suppress(Exception): return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return folder
     about = _ask_hub(name)
     sizes = {file.rfilename: file.size or 0 for file in about.siblings or ()}
     weights = {file: size for file, size in sizes.items() if re.fullmatch(r"model[^/]*\.safetensors", file)}
@@ -520,7 +542,8 @@ def _hub_folder(name: str, device: str, dtype, device_map: Any = None) -> Path:
     if not weights: raise InputError("name", name, f"the hub has no model*.safetensors of it; pickled weights can run code and are never opened (it has: {', '.join(sorted(sizes)[:6])})")
     check_fits(name, about.safetensors.total if about.safetensors else sum(weights.values()) // 4, device, dtype, device_map)
     place = next(path for path in (Path(constants.HF_HUB_CACHE), *Path(constants.HF_HUB_CACHE).parents) if path.exists())
-    if sum(weights.values()) > (free := shutil.disk_usage(place).free): raise InputError("name", name, f"{sum(weights.values()) / 1e9:.1f} GB have to be downloaded, and {free / 1e9:.1f} GB are free in {place}")
+    missing = sum(size for file, size in weights.items() if not isinstance(try_to_load_from_cache(name, file), str))
+    if missing > (free := shutil.disk_usage(place).free): raise InputError("name", name, f"{missing / 1e9:.1f} GB have to be downloaded, and {free / 1e9:.1f} GB are free in {place}")
     try: return Path(snapshot_download(name, allow_patterns=_WANTED))
     except Exception as error: raise InputError("name", name, f"the download failed ({_first_line(error)}); the same call goes on from there") from error
 
@@ -581,8 +604,8 @@ MODEL_FAMILIES = [
     Family("Qwen2.5", "Qwen/Qwen2.5-3B", "Qwen2ForCausalLM"),
     Family("Qwen3", "Qwen/Qwen3-8B", "Qwen3ForCausalLM"),
     Family("Gemma 2", "google/gemma-2-9b", "Gemma2ForCausalLM", edges="refused: a norm stands behind attention and MLPs"),
-    Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite", "DeepseekV2ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in float32 alone"),
-    Family("DeepSeek-V3", "a checkpoint in 16 or 32 bits", "DeepseekV3ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in float32 alone")]
+    Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite", "DeepseekV2ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts"),
+    Family("DeepSeek-V3", "a checkpoint in 16 or 32 bits", "DeepseekV3ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts")]
 
 def families_table() -> pd.DataFrame:
     "A row for each family: where its models come from, their class, and whether each analysis is there."
@@ -632,7 +655,7 @@ def draw_token(logits: Float[Tensor, "d_vocab"], temperature: float = 1.0, top_p
     "A token drawn at a temperature (0: the most probable) from the fewest most probable ones that together have at least `top_p`."
     import torch
     if temperature == 0: return int(logits.argmax())
-    chances, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    chances, order = ((logits - logits.max()).float() / temperature).softmax(-1).sort(descending=True)
     kept = chances * (chances.cumsum(-1) - chances < top_p)                    # what stands before it does not suffice
     return int(order[torch.multinomial(kept.cpu(), 1, generator=draw)])
 
@@ -645,17 +668,22 @@ def stream_tokens(model: TransformerBridge, tokens: Int[Tensor, "one pos"], n: i
     if tokens.ndim != 2 or len(tokens) != 1 or not tokens.numel(): raise InputError("tokens", tuple(tokens.shape), "allowed: [1, pos] with at least one token")
     draw = torch.Generator()
     draw.seed() if seed is None else draw.manual_seed(seed)
-    module, n_ctx, written = model.original_model, model.cfg.n_ctx or 2**31, tokens[0].tolist()
-    cached, past, read = hasattr(module, "generate"), None, 0
+    module, written, start, read, past = model.original_model, tokens[0].tolist(), 0, 0, None
     for _ in range(n):
-        if len(written) >= n_ctx: written, past, read = written[-max(1, n_ctx // 2):], None, 0
+        if (begin := window_start(start, len(written), model.cfg.n_ctx)) != start: start, read, past = begin, begin, None
         with torch.no_grad():
-            out = module(input_ids=torch.tensor([written[read:]], device=model.cfg.device), past_key_values=past, use_cache=True) if cached else model(torch.tensor([written], device=model.cfg.device))
-        logits, past, read = (out.logits, out.past_key_values, len(written)) if cached else (out, None, 0)
-        token = draw_token(logits[0, -1], temperature, top_p, draw)
+            if hasattr(module, "generate"): out = module(input_ids=torch.tensor([written[read:]], device=model.cfg.device), past_key_values=past, use_cache=True)
+            else: out = model(torch.tensor([written[start:]], device=model.cfg.device))
+        past = getattr(out, "past_key_values", None)
+        read = start if past is None else len(written)                         # what need not be read again
+        token = draw_token(getattr(out, "logits", out)[0, -1], temperature, top_p, draw)
         if token in end_tokens(model): return
         written.append(token)
         yield token
+
+def window_start(start: int, end: int, n_ctx: int | None) -> int:
+    "Where a model that has read the tokens from `start` on begins to read for its next one, at `end`: there, or, once the context is full, half a context before `end`."
+    return end - max(1, n_ctx // 2) if n_ctx and end - start >= n_ctx else start
 
 def end_tokens(model: TransformerBridge) -> set[int]:
     "The ids of tokens that end a text: the tokenizer's, and those that the checkpoint names for writing."

@@ -1,8 +1,8 @@
 """Talking with a model: a conversation in the tokenizer's own template or line by line, and a reply that is stopped."""
-import io, signal, subprocess, sys, time
+import io, os, signal, subprocess, sys, time
 from unittest import mock
 
-import pytest
+import pytest, torch
 from test_families import write
 
 from mechinterp_lib import cli
@@ -28,19 +28,28 @@ def test_a_conversation_in_its_template(folder):
     decode = chat.model.tokenizer.decode
     assert decode(chat.read("HI")[0]).replace(" ", "") == "SQRUHIA"
     said = "".join(chat.reply("HI"))
-    tokens, first = cli.last_reply(chat)
-    assert decode(tokens[0, first:]) == said == chat.messages[-1]["content"] and [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    assert decode(chat.tokens[chat.asked:]) == said == chat.messages[-1]["content"] and cli.read_for(chat, 1) == chat.tokens[:chat.asked] and [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
     assert decode(chat.read("BC")[0]).replace(" ", "") == f"SQRUHIA{said}UBCA".replace(" ", "")                          # what was said is read again
     with pytest.raises(InputError, match="template refuses"): list(chat.reply("BAD"))
     chat.clear()
     assert [message["role"] for message in chat.messages] == ["system"]
-    with pytest.raises(InputError, match="no reply yet"): cli.last_reply(chat)
+    with pytest.raises(InputError, match="no reply yet"): cli.read_for(chat, 1)
 
 
 def test_a_line_by_itself(folder):
     chat = cli.Chat(load_model(home() / "models" / "shakespeare-small" / "seed0", device="cpu"), n=8, temperature=0.0)
     first, again = ("".join(chat.reply("ROMEO:")) for _ in range(2))
     assert first == again and len(first) == 8 and not chat.messages
+
+
+def test_what_is_looked_at_is_what_was_read(folder):
+    "Also when the context has been full, twice."
+    chat = cli.Chat(load_model(folder, device="cpu"), n=150, temperature=0.0)
+    list(chat.reply("HI"))
+    for n in (1, 40, 70, 120, chat.written):
+        read = cli.read_for(chat, n)
+        assert len(read) < chat.model.cfg.n_ctx and int(chat.model(torch.tensor([read]))[0, -1].argmax()) == chat.tokens[chat.asked + n - 1]
+    with pytest.raises(InputError, match="/lens"): cli.read_for(chat, chat.written + 1)
 
 
 def test_a_reply_is_stopped_and_kept(folder, monkeypatch):
@@ -71,3 +80,8 @@ def test_control_c_ends_the_reply_and_not_the_program():
 def test_what_cannot_be_drawn_is_said(words, error, capsys):
     with mock.patch("sys.stdin", io.StringIO("ROMEO:\n")): assert cli.main(["chat", "shakespeare-small/seed0", *words]) == 0
     assert error in capsys.readouterr().out
+
+
+def test_bytes_that_are_no_text(folder):
+    talk = subprocess.run([sys.executable, "-c", f"import sys; from mechinterp_lib.cli import main; sys.exit(main(['chat', {str(folder)!r}, '--tokens', '3', '--device', 'cpu', '--temperature', '1e-45']))"], input=b"\xff\xfe\nHI\n", capture_output=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert talk.returncode == 0 and b"not UTF-8" in talk.stdout and talk.stdout.count(b">") >= 3, talk

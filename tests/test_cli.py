@@ -281,7 +281,7 @@ def test_lens_puts_questions_to_models(lettered, place, capsys):
     assert cli.main(["lens", str(lettered), "--prompts", str(place / "q.csv"), "--out", str(out), "--device", "cpu"]) == 0
     assert "2 questions, 1 models" in capsys.readouterr().out and (out / "report.md").read_text().startswith("# Where") and "," in (out / "bias.csv").read_text().splitlines()[1]
     (place / "bad.csv").write_text("question,answer\nwho,me\n")
-    for words, said in (([lettered, "--prompts", place / "bad.csv"], "question"), ([lettered, "--prompts", place / "none.csv"], "no such file"), ([lettered, "--prompts", place / "q.csv", "--save", "x.svg"], "--out"), ([lettered], "a model and a text"), ([lettered, "the c", "--out", out], "--prompts")):
+    for words, said in (([lettered, "--prompts", place / "bad.csv"], "question"), ([lettered, "--prompts", place / "none.csv"], "no such file"), ([lettered, "--prompts", place / "q.csv", "--save", "x.svg"], "--out"), ([lettered, "--prompts", place / "q.csv", "--position", "2"], "position"), ([lettered], "a model and a text"), ([lettered, "the c", "--out", out], "--prompts")):
         assert said in one_line(capsys, "lens", *words)
 
 

@@ -7,6 +7,7 @@ from test_families import write
 COMMIT = "1" * 40
 MODELS = {                                                                                           # what the hub says of each: files that are no more than a name and a size, weights, licence
     "someone/tiny": {},
+    "someone/cut": {},
     "someone/gated": {"files": {"config.json": 700, "model.safetensors": 5_000_000}, "gated": "manual"},
     "someone/huge": {"files": {"config.json": 700, "model-00001-of-00163.safetensors": 4_300_000_000}, "total": 671_000_000_000},
     "someone/tiny-GGUF": {"files": {"tiny.Q4_K_M.gguf": 5_000_000}},
@@ -40,6 +41,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             told = {"id": name, "sha": COMMIT, "private": False, "gated": about.get("gated", False), "siblings": [{"rfilename": file, "size": size} for file, size in files.items()]}
             if "total" in about: told["safetensors"] = {"parameters": {"BF16": about["total"]}, "total": about["total"]}
             return self.answer(200, json.dumps(told).encode(), Content_Type="application/json")
+        if name == "someone/cut" and self.server.broken and path.endswith("safetensors"): return self.answer(503)
         content = (self.server.files / name / path.split("/")[-1]).read_bytes()
         self.answer(200, content, ETag=f'"{abs(hash(content)):040x}"')
 
@@ -47,9 +49,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.asked = tmp_path / "there", []
+    server.files, server.asked, server.broken = tmp_path / "there", [], True
     write("qwen2.5", server.files / "someone" / "tiny")
     write("llama3", server.files / "someone" / "new-kind")
+    write("llama3", server.files / "someone" / "cut")
     config = server.files / "someone" / "new-kind" / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "NoSuchForCausalLM"))
     (server.files / "someone" / "tiny" / "pytorch_model.bin").write_bytes(b"never fetched")
@@ -80,6 +83,11 @@ def test_the_hub(hub, tmp_path):
     assert said["someone/tiny"] == "(1, 3, 50)"                                                      # the begin token that its tokenizer_config.json asks for, and two letters
     for name, words in {"gated": "accept its licence", "huge": "671,000,000,000 weights need 2684.0 GB as float32", "tiny-GGUF": "GGUF", "pickled": "pickled weights can run code", "new-kind": "NoSuchForCausalLM", "missing": "has no such model"}.items():
         assert words in said[f"someone/{name}"], said
+    assert "the download failed" in said["someone/cut"]
+    hub.broken = False
+    assert ask(hub, tmp_path, "someone/cut")["someone/cut"] == "(1, 3, 50)"
+    for file in (tmp_path / "home" / "hub").glob("models--someone--cut/snapshots/*/tokenizer*"): file.unlink()                  # as another program leaves it
+    assert ask(hub, tmp_path, "someone/cut")["someone/cut"] == "(1, 3, 50)"
     fetched = [path for path in hub.asked if "/resolve/" in path]
     assert not [path for path in fetched if path.startswith(("someone/huge", "someone/gated", "someone/pickled")) or path.endswith("pytorch_model.bin")]
     hub.asked.clear()

@@ -387,3 +387,27 @@ def test_a_tokenizer_of_whole_words(unknown, tmp_path):
     assert encode(model.tokenizer, "v1 v2 k").tolist() == [1, 2, 3] and token_ids(model, "v1 k")[0][0, -2:].tolist() == [1, 3]
     if unknown:
         with pytest.raises(InputError, match="'zz'"): encode(model.tokenizer, "v1 zz k")
+
+
+@pytest.mark.parametrize("said, begin", [({"model_max_length": 1024}, "<|endoftext|>"), ({"model_max_length": 1024, "bos_token": None, "eos_token": "<|endoftext|>"}, None)])
+def test_a_tokenizer_file_that_says_little(said, begin, tmp_path):
+    "GPT-2's names no begin token, and its configuration does; Qwen's says that there is none."
+    from tokenizers import Tokenizer, decoders, models as kinds, pre_tokenizers
+    folder = tmp_path / "bytes"
+    new_model({"class": "GPT2LMHeadModel", "vocab_size": 257, "n_positions": 24, "n_embd": 8, "n_layer": 1, "n_head": 2, "bos_token_id": 256, "eos_token_id": 256}, 0).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(kinds.BPE({**{letter: i for i, letter in enumerate(letters)}, "<|endoftext|>": 256}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    model = load_model(folder, device="cpu")
+    assert model.tokenizer.bos_token == begin and (model.to_tokens("hé")[0, 0].item() == 256) == (begin is not None) and model.to_tokens("hé").shape[1] == 3 + (begin is not None)
+    (folder / "tokenizer_config.json").write_text("{")
+    refuse(lambda: load_model(folder, device="cpu"), "tokenizer_config.json")
+
+
+def test_a_download_that_the_disk_has_no_room_for(monkeypatch):
+    from types import SimpleNamespace
+    monkeypatch.setattr(models, "_cached", lambda name: None)
+    monkeypatch.setattr(models, "_ask_hub", lambda name: SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors", size=10**18)], safetensors=SimpleNamespace(total=10)))
+    refuse(lambda: load_model("someone/large", device="cpu"), "have to be downloaded")
