@@ -1,11 +1,12 @@
 """The shipped models: the weights have the losses that their records claim, and transformers opens them without us."""
-import re
+import json, re
 
 import pytest
 import torch
 
-from mechinterp_lib.core import generator, home, read_json
+from mechinterp_lib.core import generator, home, read_json, sha256
 from mechinterp_lib.data import encode, has_corpus, load_text, repeated_random, split
+from mechinterp_lib.experiments.sae_features import SHIPPED, shown_descriptions
 from mechinterp_lib.logit_lens import lens_statistics, load_tuned_lens
 from mechinterp_lib.models import describe_model, list_models, load_model, written_by
 from mechinterp_lib.sae import evaluate_sae, load_sae, shipped_saes
@@ -69,3 +70,14 @@ def test_an_autoencoder_keeps_what_its_model_does(name):
     quality = evaluate_sae(load_sae(name, model=model), model, written_by(subject.open(), 8, 128)).results
     assert quality["l0"].value <= 32 and quality["explained_variance"].value > 0.7 and (path / "sae_weights.safetensors").stat().st_size < 10e6
     if "untrained" not in name: assert quality["ce_recovered_mean"].value > 0.95 and quality["dead"].value < 0.05
+
+
+@pytest.mark.parametrize("name", shipped_saes())
+def test_its_features_have_pages_in_the_book(name):
+    pages = home() / "book" / "pages" / "features" / name
+    assert read_json(pages / "made_from.json")["weights"] == sha256(home() / "models" / name / "sae_weights.safetensors"), "made for other weights: python book/_ext/features.py"
+    assert max(path.stat().st_size for path in pages.iterdir()) < 200_000
+    shown = {page["id"]: page["about"] for path in pages.glob("features-*.js") for page in json.loads(path.read_text(encoding="utf-8").removeprefix("features(").removesuffix(");"))[1]}
+    one = next(one for one in SHIPPED if one.folder == home() / "models" / name)
+    assert sorted(shown) == list(range(load_sae(name).cfg.d_sae)) and {feature: about for feature, about in shown.items() if about} == shown_descriptions(one)
+    assert f"../features/{name}/index.html" in (home() / "nbs" / "24_sae_features.ipynb").read_text(encoding="utf-8")
