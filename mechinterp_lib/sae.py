@@ -371,8 +371,7 @@ class _SAECounts:
     "What `evaluate_sae` adds up: values of each row by name, and counts of each feature."
     def __init__(self, d_sae: int):
         import torch
-        self.rows: dict[str, list[np.ndarray]] = {}
-        self.active, self.sum, self.most, self.n = *torch.zeros(3, d_sae, dtype=torch.float64), 0
+        self.rows, self.n, (self.active, self.sum, self.most) = {}, 0, torch.zeros(3, d_sae, dtype=torch.float64)
 
     def note(self, **values: Float[Tensor, "row ..."]) -> None:
         "Values of some rows."
@@ -395,6 +394,7 @@ class _SAECounts:
                 if less: value, low, high = less - value, less - high, less - low
                 found[name] = Result(value, min(low, value), max(high, value), n=n, seeds=1, unit="", how=f"{how}; a ratio of sums, percentile bootstrap over rows")
         note("explained_variance", rows["error"], rows["variance"], "share of the variance of the activations that is explained", 1.0)
+        for name, gone in (("zero", "zero"), ("mean", "its mean")): note(f"kl_recovered_{name}", rows["kl_sae"], rows[f"kl_{name}"], f"share of the divergence with the activation set to {gone} that is won back", 1.0)
         note("shrinkage", rows["decoded_square"], rows["product"], "factor by which what is decoded would be best divided")
         for name, gone in (("zero", "zero"), ("mean", "its mean")): note(f"ce_recovered_{name}", rows[f"ce_{name}"] - rows["ce_sae"], rows[f"ce_{name}"] - rows["ce_model"], f"share of the loss with the activation set to {gone} that is won back")
         for name, unit, how in (("l0", "features", "features active in a position"), ("norm_ratio", "", "length of what is decoded, of that of the activation"), ("ce_model", "nats", "loss of the model"), ("ce_sae", "nats", "loss with the decoded activation"), ("ce_zero", "nats", "loss with the activation set to zero"), ("ce_mean", "nats", "loss with the activation set to its mean"),
@@ -467,11 +467,16 @@ def _changed_features(model: TransformerBridge, sae: SAE, change: Callable[[Floa
         return torch.where(where.to(value.device).view(-1, *[1] * (value.ndim - 2)), with_features(sae, value, change), value)
     with replaced(model, {hook_name: of}): yield model
 
-def ablate_feature(model: TransformerBridge, sae: SAE, features: int | Sequence[int], positions: Sequence[int] | None = None) -> contextlib.AbstractContextManager[TransformerBridge]:
-    "Inside the block these features are zero, at some positions or (None) all that the training did not leave out; what the autoencoder misses is kept. `InputError` for a feature or position that there is not, and another model's autoencoder."
+def ablate_feature(model: TransformerBridge, sae: SAE, features: int | Sequence[int], positions: Sequence[int] | None = None, along: int | None = None) -> contextlib.AbstractContextManager[TransformerBridge]:
+    """Inside the block these features are zero, at some positions or (None) all that the training did not leave out; what the autoencoder misses is kept. With `along` the one feature stays, and as much as it puts in is taken off along another's direction: a control of the same length.
+    `InputError` for a feature or position that there is not, another model's autoencoder, and `along` with several features."""
     which = [check_range("features", feature, 0, sae.cfg.d_sae) for feature in ([features] if isinstance(features, (int, np.integer)) else features)]
+    if along is not None and (check_range("along", along, 0, sae.cfg.d_sae), len(which))[1] != 1: raise InputError("along", along, f"allowed with one feature, not {len(which)}")
     def change(acts):
-        acts[..., which] = 0
+        if along is None: acts[..., which] = 0
+        else:
+            length = sae.W_dec.detach()[[which[0], along]].norm(dim=1)
+            acts[..., along] = acts[..., along] - acts[..., which[0]] * length[0] / length[1]
         return acts
     return _changed_features(model, sae, change, positions)
 
@@ -635,8 +640,8 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.15rem 0;border-left:2px 
 </style><h1>TITLE</h1><main><nav><label>Search <input id="q" type="search" placeholder="number, text or description"></label><small id="n"></small><ol id="list"></ol></nav><section id="shown" aria-live="polite"><p>Choose a feature.</p></section></main>
 <script>
 let all=[],files={},got=0;const $=id=>document.getElementById(id),esc=s=>String(s).replace(/[&<>"]/g,c=>({"&":"&amp;","<":"&lt;",">":"&gt;",'"':"&quot;"}[c])),vis=s=>esc(s).replace(/\\n/g,"\u21b5");
-function listed([n,v]){all=all.concat(v);if(++got===LISTS){all.sort((a,b)=>b[1]-a[1]);find();chosen()}}
-function find(){const q=$("q").value.toLowerCase(),hits=all.filter(f=>!q||String(f[0])===q||(f[2]+" "+f[3]).toLowerCase().includes(q));$("n").textContent=hits.length+" of "+all.length+" features, the most frequent first"+(hits.length>300?"; 300 are shown":"");
+function listed([n,v]){all=all.concat(v);if(++got===LISTS){all.sort((a,b)=>b[1]-a[1]);find();if(!location.hash)location.replace("#"+(all.find(f=>f[2])||all[0])[0]);chosen()}}
+function find(){const q=$("q").value.toLowerCase(),hits=all.filter(f=>!q||String(f[0])===q||(f[2]+" "+f[3]).toLowerCase().includes(q));$("n").textContent=hits.length+" of "+all.length+" features, by the share of positions in which they are active"+(hits.length>300?"; 300 are shown":"");
 $("list").innerHTML=hits.slice(0,300).map(f=>`<li><button data-id="${f[0]}"><code>${f[0]}</code> ${f[2]?esc(f[2]):"<code>"+vis(f[3])+"</code>"} <small>${f[1]}</small></button></li>`).join("");mark()}
 function mark(){document.querySelectorAll("#list [data-id]").forEach(b=>b.dataset.id===location.hash.slice(1)?b.setAttribute("aria-current","true"):b.removeAttribute("aria-current"))}
 function chosen(){if(/^#[0-9]+$/.test(location.hash))show(+location.hash.slice(1))}
@@ -644,7 +649,7 @@ function features([n,pages]){files[n]=pages;chosen()}
 function show(id){mark();const e=all.find(f=>f[0]===id);if(!e){$("shown").textContent="There is no feature "+id+".";return}const g=e[4];if(!files[g]){const s=document.createElement("script");s.src="features-"+g+".js";s.onerror=()=>$("shown").textContent="The file features-"+g+".js is missing.";document.head.append(s);return}
 const f=files[g].find(p=>p.id===id),top=Math.max(1,...f.bins),w=240/f.bins.length;
 const mean=f.rise.length?f.rise.reduce((a,b)=>a+b)/f.rise.length:null;
-$("shown").innerHTML=`<h2>Feature ${id}${f.about?": "+esc(f.about):""}</h2><p>Active in ${(100*f.density).toPrecision(3)}% of POSITIONS positions, at most ${f.most}. Nearest direction: <a href="#${f.near[0]}" data-id="${f.near[0]}">${f.near[0]}</a>, cosine ${f.near[1]}.${mean===null?"":` Without it the loss of the ten tokens behind its strongest places rises by ${mean.toPrecision(3)} nats (${f.rise.join(", ")}).`}</p>`+
+$("shown").innerHTML=`<h2>Feature ${id}${f.about?": "+esc(f.about):""}</h2><p>Active in ${(100*f.density).toPrecision(3)}% of POSITIONS positions, at most ${f.most}. Nearest direction: <a href="#${f.near[0]}" data-id="${f.near[0]}">${f.near[0]}</a>, cosine ${f.near[1]}.${mean===null?"":` Without it the loss of the ten tokens behind its strongest place${f.rise.length>1?"s":""} rises by ${mean.toPrecision(3)} nats${f.rise.length>1?` (${f.rise.join(", ")})`:""}.`}</p>`+
 (f.up.length?`<p>Raises <code>${f.up.map(vis).join("</code> <code>")}</code>; lowers <code>${f.down.map(vis).join("</code> <code>")}</code></p>`:"")+
 `<svg viewBox="0 0 244 70" role="img" aria-label="how often the feature has which strength"><g fill="#4a78b0">${f.bins.map((c,i)=>`<rect x="${2+i*w}" width="${w-1}" y="${c?56-50*Math.log1p(c)/Math.log1p(top):56}" height="${c?50*Math.log1p(c)/Math.log1p(top):0}"><title>${c}</title></rect>`).join("")}</g><text x="2" y="68" font-size="9" fill="currentColor">0</text><text x="242" y="68" font-size="9" text-anchor="end" fill="currentColor">${f.most}; how often, on a logarithmic scale</text></svg>`+
 f.rows.map(([v,t,a,m])=>`<pre title="${v}">${[...t].map((s,i)=>{const c=`<span style="background:rgba(230,120,20,${parseInt(a[i],36)/42})">${vis(s)}</span>`;return i===m?`<b>${c}</b>`:c}).join("")} <small>${v}</small></pre>`).join("");}

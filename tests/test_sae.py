@@ -62,7 +62,7 @@ def test_measures_are_those_of_sae_lens():
     def store(): return SimpleNamespace(get_batch_tokens=lambda size, parts=iter(rows.split(8)): next(parts))
     loss = get_downstream_reconstruction_metrics(sae, model, store(), ActivationScaler(), True, True, 3, 8)
     rest, features = get_sparsity_and_variance_metrics(sae, model, store(), n_batches=3, compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True, compute_featurewise_density_statistics=True, eval_batch_size_prompts=8, model_kwargs={}, activation_scaler=ActivationScaler())
-    pairs = {"ce_recovered_zero": loss["ce_loss_score"], "ce_model": loss["ce_loss_without_sae"], "ce_sae": loss["ce_loss_with_sae"], "ce_zero": loss["ce_loss_with_ablation"], "kl_sae": loss["kl_div_with_sae"], "kl_zero": loss["kl_div_with_ablation"],
+    pairs = {"ce_recovered_zero": loss["ce_loss_score"], "ce_model": loss["ce_loss_without_sae"], "ce_sae": loss["ce_loss_with_sae"], "ce_zero": loss["ce_loss_with_ablation"], "kl_sae": loss["kl_div_with_sae"], "kl_zero": loss["kl_div_with_ablation"], "kl_recovered_zero": loss["kl_div_score"],
              "explained_variance": rest["explained_variance"], "l0": rest["l0"], "norm_ratio": rest["l2_ratio"]}
     for name, theirs in pairs.items(): assert found.results[name].value == pytest.approx(theirs, rel=1e-4, abs=1e-5), name
     assert found.features.density.to_numpy() == pytest.approx(np.array(features["feature_density"]), abs=1e-6)

@@ -5,7 +5,7 @@
 # %% ../../nbs/24_sae_features.ipynb #ecdfb2b5
 from __future__ import annotations
 
-import contextlib, itertools, operator, re, string, tempfile
+import itertools, operator, re, string, tempfile
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..addition import Asked, ask, at_place, activations_of, carries, problems_of, unit_sums
 from ..core import Result, Stage, cache_dir, generator, home, load_table
-from ..interventions import hook_name, replaced
+from ..interventions import hook_name
 from ..sae import ablate_feature, activations_at, corpus_rows, encoded, evaluate_sae, feature_splitting, fit_sae, load_sae, match_directions, planted_batches, planted_codes, planted_dictionary, steer_with_feature, train_sae
 from ..statistics import bootstrap_ci, mean_result, rate_result
 from ..subjects import ADDITION, Passes, Subject, as_predicted, brief, corpus_missing, gathered, in_parallel, kept, over_seeds, shipped_subjects, stored_tables, subject_files, subject_tokens, tables_missing, untrained_twin
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 EXPERIMENT = "sae_features"
 
 # %% auto #0
-__all__ = ['EXPERIMENT', 'FOUND', 'CASES', 'SIZE', 'ACTIVE', 'PROBLEMS', 'LAYERS', 'WIDTHS', 'SPARSITIES', 'SHIPPED',
-           'DICTIONARIES', 'ROWS', 'QUALITY', 'Kind', 'FITS', 'LEAST', 'CUTS', 'SETS', 'BY_HAND', 'NOT_DESCRIBED',
-           'FORETOLD', 'SEEDS', 'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'PREDICTED_PLANTED',
-           'PREDICTED_SHAKESPEARE', 'STAGES', 'Planted', 'recovered', 'planted_row', 'concepts', 'best_cuts', 'f1_of',
-           'Detectors', 'detectors', 'sums_sae', 'probe_scores', 'scores_of', 'detection_rows', 'as_frequent',
-           'carry_without', 'sums_of_model', 'Dictionary', 'reader', 'text_rows', 'store_activations', 'trained_on',
-           'make_dictionaries', 'some_rows', 'quality_of', 'seed_agreement', 'quality_stage', 'word_kinds',
-           'line_kinds', 'letter_kinds', 'Descriptions', 'descriptions', 'halves', 'fitted', 'seen_on', 'features_on',
-           'random_features', 'described_set', 'described_stage', 'ending_places', 'by_hand_stage', 'share_of',
-           'written', 'nearest_in_size', 'taken_along', 'causes_of', 'causes_stage', 'planted_stage', 'sums_stage',
+__all__ = ['EXPERIMENT', 'FOUND', 'CASES', 'SIZE', 'ACTIVE', 'CARRY', 'LAYERS', 'WIDTHS', 'SPARSITIES', 'SHIPPED', 'DICTIONARIES',
+           'ROWS', 'QUALITY', 'Kind', 'FITS', 'LEAST', 'CUTS', 'SETS', 'BY_HAND', 'NOT_DESCRIBED', 'FORETOLD', 'SEEDS',
+           'MEASURES', 'AXES', 'DETECTORS', 'OPERANDS', 'PREDICTED', 'PREDICTED_PLANTED', 'PREDICTED_SHAKESPEARE',
+           'STAGES', 'Planted', 'recovered', 'planted_row', 'concepts', 'best_cuts', 'f1_of', 'Detectors', 'detectors',
+           'sums_sae', 'probe_scores', 'scores_of', 'detection_rows', 'as_frequent', 'carry_without', 'sums_of_model',
+           'Dictionary', 'reader', 'text_rows', 'store_activations', 'trained_on', 'make_dictionaries', 'some_rows',
+           'quality_of', 'seed_agreement', 'quality_stage', 'over_pairs', 'word_kinds', 'line_kinds', 'letter_kinds',
+           'Descriptions', 'descriptions', 'halves', 'fitted', 'seen_on', 'features_on', 'random_features',
+           'described_set', 'described_stage', 'ending_places', 'by_hand_stage', 'shown_descriptions', 'share_of',
+           'written', 'nearest_in_size', 'causes_of', 'causes_stage', 'planted_stage', 'sums_stage',
            'predictions_stage', 'findings']
 
 # %% ../../nbs/24_sae_features.ipynb #9e4f09a9
@@ -73,7 +73,6 @@ def recovered(truth: Float[Tensor, "n d"], codes: Float[Tensor, "sample n"], dir
 def planted_row(case: Planted) -> dict[str, float]:
     "One autoencoder, trained and held against the dictionary: what it is told, and what `recovered` says on fresh activations; with `untrained_` and `components_` in front, the same of one that has learned nothing and of the principal components."
     import torch
-    torch.manual_seed(case.seed)
     truth, codes = planted_dictionary(case.d, case.n, case.seed), planted_codes(case.n, case.active, 2**13, case.seed, number=-1)
     values, size = codes @ truth, 1024
     def of(sae: SAE) -> dict[str, float]:
@@ -131,7 +130,7 @@ def detectors(scores: Float[np.ndarray, "problem feature"], labels: Bool[np.ndar
     return Detectors(feature, cut, f1_of(new_scores[:, feature] > cut, new_labels))
 
 # %% ../../nbs/24_sae_features.ipynb #5c7977b4
-SIZE, ACTIVE, PROBLEMS = 512, 8, 2000                                                              # features, how many of them are active, and how many training problems detectors are chosen on
+SIZE, ACTIVE = 512, 8                                                                          # features, and how many of them are active
 
 def sums_sae(model: TransformerBridge, hook: str, n_samples: int = 2**19, seed: int = 0) -> SAE:
     "An autoencoder of what a hook sees in all places of the training problems with answers of two digits."
@@ -157,10 +156,10 @@ def scores_of(model: TransformerBridge, sae: SAE, blank: tuple[TransformerBridge
     return seen | {"neuron": np.concatenate([neurons, -neurons], 1), "random": seen["stream"] @ draw}
 
 # %% ../../nbs/24_sae_features.ipynb #2482751b
-def detection_rows(model: TransformerBridge, sae: SAE, blank: tuple[TransformerBridge, SAE], layer: int) -> tuple[pd.DataFrame, int]:
-    "For each concept and kind of detector the F1 on test problems of the best one of the training problems; and the feature that tells the carry best."
+def detection_rows(model: TransformerBridge, sae: SAE, blank: tuple[TransformerBridge, SAE], layer: int) -> tuple[pd.DataFrame, int, Float[np.ndarray, "problem feature"]]:
+    "For each concept and kind of detector the F1 on test problems of the best one of the training problems; the feature that tells the carry best; and the features on the test problems."
     import pandas as pd
-    learned, asked = (ask(model, problems_of(split, n, length=2), "tens") for split, n in (("train", PROBLEMS), ("test", None)))
+    learned, asked = (ask(model, problems_of(split, length=2), "tens") for split in ("train", "test"))
     named = {name: (kind, old, new) for (name, (kind, old)), (_, new) in zip(concepts(learned.problems).items(), concepts(asked.problems).values()) if min(old.sum(), new.sum()) >= 5}
     old, new = (np.stack([of[i] for of in named.values()], 1) for i in (1, 2))
     seen, held = (scores_of(model, sae, blank, layer, some) for some in (learned, asked))
@@ -171,22 +170,25 @@ def detection_rows(model: TransformerBridge, sae: SAE, blank: tuple[TransformerB
     fitted, said = probe_scores(seen["stream"], old, held["stream"])
     f1["probe"] = np.array([detectors(fitted[:, [i]], old[:, [i]], said[:, [i]], new[:, [i]]).f1[0] for i in range(old.shape[1])])
     rows = [{"concept": concept, "kind": kind, "by": name, "f1": values[i], "feature": found[name].feature[i] if name in found else -1, "positives": int(of.sum())} for i, (concept, (kind, _, of)) in enumerate(named.items()) for name, values in f1.items()]
-    return pd.DataFrame(rows), int(found["feature"].feature[list(named).index("carry")])
+    return pd.DataFrame(rows), int(found["feature"].feature[list(named).index("carry")]), held["feature"]
 
 # %% ../../nbs/24_sae_features.ipynb #74b1c6e2
-def as_frequent(density: Float[np.ndarray, "feature"], feature: int, n: int = 10) -> Int[np.ndarray, "n"]:
+CARRY = {"dropped": "share of the carrying problems whose tens are one less", "broken": "share of the carrying problems whose tens are another digit", "spilled": "share of the problems that do not carry whose tens are wrong", "size": "mean activation, over all problems,", "active": "share of the problems in which it is active,"}
+
+def as_frequent(acts: Float[np.ndarray, "problem feature"], feature: int, n: int = 10) -> Int[np.ndarray, "n"]:
     "The other features that are active most nearly as often, and at all."
+    density = (acts > 0).mean(0)
     others = np.array([other for other in np.flatnonzero(density) if other != feature])
     return others[np.argsort(np.abs(density[others] - density[feature]), kind="stable")[:n]]
 
-def carry_without(model: TransformerBridge, sae: SAE, feature: int, asked: Asked) -> dict[str, float]:
-    "What becomes of the tens without a feature at the place before them: the share of carrying problems, right before, whose tens are one less (`dropped`) or another digit (`broken`), and the share of the others that are wrong (`spilled`)."
+def carry_without(model: TransformerBridge, sae: SAE, feature: int, asked: Asked, along: int | None = None) -> dict[str, float]:
+    "What becomes of the tens without a feature at the place before them, or (`along`) with as much taken off along another's direction: the share of carrying problems, right before, whose tens are one less (`dropped`) or another digit (`broken`), and the share of the others that are wrong (`spilled`)."
     import torch
     ids = np.array([model.tokenizer.get_vocab()[str(digit)] for digit in range(10)])
     row, tens = torch.arange(len(asked.rows)), asked.problems.answer.to_numpy() // 10 % 10
     with torch.no_grad():
         before = model(asked.rows)[row, asked.at].argmax(-1).numpy()
-        with ablate_feature(model, sae, feature, positions=sorted(set(asked.at.tolist()))): after = model(asked.rows)[row, asked.at].argmax(-1).numpy()
+        with ablate_feature(model, sae, feature, sorted(set(asked.at.tolist())), along): after = model(asked.rows)[row, asked.at].argmax(-1).numpy()
     right, carry = before == ids[tens], carries(asked.problems).numpy()
     less = after == ids[(tens - 1) % 10]
     return {"dropped": less[right & carry].mean(), "broken": ((after != before) & ~less)[right & carry].mean(), "spilled": (after != before)[right & ~carry].mean()}
@@ -199,15 +201,14 @@ def sums_of_model(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, 
     for layer in range(model.cfg.n_layers):
         hook = hook_name(model, "resid_post", layer)
         sae, blank = sums_sae(model, hook, seed=subject.seed), sums_sae(twin, hook, seed=subject.seed)
-        found, feature = detection_rows(model, sae, (twin, blank), layer)
+        found, feature, acts = detection_rows(model, sae, (twin, blank), layer)
         tables["concepts"].append(found.assign(layer=layer))
         numbers |= {f"f1_{kind}_{by}_{layer}": of.f1.mean() for (kind, by), of in found.groupby(["kind", "by"])}
         asked = ask(model, problems_of("test", length=2), "tens")
-        acts = encoded(sae, at_place(activations_of(model, asked, {0: hook})[0], asked.at)[:, None])[0][:, 0]
-        rows = [{"feature": one, "best": one == feature, **carry_without(model, sae, one, asked)} for one in (feature, *as_frequent((acts > 0).float().mean(0).numpy(), feature))]
+        rows = [{"feature": one, "best": one == feature, "active": (acts[:, one] > 0).mean(), "size": acts[:, one].mean(), **carry_without(model, sae, one, asked), "along": carry_without(model, sae, feature, asked, along=one)["dropped"]} for one in map(int, (feature, *as_frequent(acts, feature)))]
         tables["carry"].append(table := pd.DataFrame(rows).assign(layer=layer))
         best, others = table[table.best].iloc[0], table[~table.best]
-        numbers |= {f"{name}_{layer}": best[name] for name in ("dropped", "broken", "spilled")} | {f"others_{name}_{layer}": others[name].mean() for name in ("dropped", "broken", "spilled")} | {f"most_others_dropped_{layer}": others.dropped.max()}
+        numbers |= {f"{name}_{layer}": best[name] for name in CARRY} | {f"others_{name}_{layer}": others[name].mean() for name in (*CARRY, "along")} | {f"most_others_{name}_{layer}": others[name].max() for name in ("dropped", "along")}
     return {name: pd.concat(frames, ignore_index=True) for name, frames in tables.items()}, numbers
 
 # %% ../../nbs/24_sae_features.ipynb #a2ce2ac7
@@ -296,7 +297,7 @@ def seed_agreement(directions: Sequence[Float[Tensor, "feature width"]]) -> tupl
 
 
 # %% ../../nbs/24_sae_features.ipynb #b0c27b67
-QUALITY = ("explained_variance", "ce_recovered_mean", "ce_recovered_zero", "kl_sae", "kl_mean", "l0", "dead", "norm_ratio", "shrinkage", "nearest", "density", "frequent")
+QUALITY = ("explained_variance", "ce_recovered_mean", "ce_recovered_zero", "kl_sae", "kl_mean", "kl_recovered_mean", "l0", "dead", "norm_ratio", "shrinkage", "nearest", "density", "frequent")
 
 def quality_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The measures of all dictionaries, those that are not there trained first; how far seeds agree, beside random directions; and how many features of the narrow dictionaries are split in the wide ones."
@@ -308,13 +309,17 @@ def quality_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         some = list(some)
         for measure in QUALITY:
             values = [found[one][measure] for one in some if measure in found[one]]
-            if len(values) > 1: results[f"{name}_{measure}"] = over_seeds([np.array([value.value]) for value in values], f"{values[0].how.split(';')[0]}; {ROWS} rows of unseen text", values[0].unit, (0, 1) if measure in ("dead", "frequent") else None)
+            if len(values) > 1 and measure != "kl_mean": results[f"{name}_{measure}"] = over_seeds([np.array([value.value]) for value in values], f"{values[0].how.split(';')[0]}; {ROWS} rows of unseen text", values[0].unit, (0, 1) if measure in ("dead", "frequent") else None)
             elif values: results[f"{name}_{measure}"] = values[0]
     agreement, splits = _agreement(), _splits()
     for name, of in agreement.groupby("name"):
-        for measure, text in (("cosine", "cosine of the directions of two seeds, matched one to one"), ("agree", "share of the directions that have a match with a cosine of 0.7 or more in another seed")): results[f"{name}_{measure}"] = over_seeds([np.array([value]) for value in of[measure]], f"{text}, of each pair of three seeds", "", (0, 1))
+        for measure, text in (("cosine", "cosine of the directions of two seeds, matched one to one"), ("agree", "share of the directions that have a match with a cosine of 0.7 or more in another seed")): results[f"{name}_{measure}"] = over_pairs(of[measure].to_numpy(), text)
     for (layer, k), of in splits.groupby(["layer", "k"]): results[f"split_{layer}_{k}"] = over_seeds([np.array([value]) for value in of.split], f"share of the features of {WIDTHS[0]} that two or more of {WIDTHS[1]} are nearest to, with a cosine of at least 0.5", "", (0, 1))
     return results, {"quality": pd.DataFrame(rows).round(5), "agreement": agreement.round(5), "splits": splits.round(5)}
+
+def over_pairs(values: Float[np.ndarray, "pair"], what: str) -> Result:
+    "The mean over the pairs of three seeds (0 and 1, 0 and 2, 1 and 2). Pairs share seeds: the interval is that of the seeds' jackknife pseudo-values, three times the mean less twice the pair without a seed."
+    return over_seeds([np.array([one]) for one in 3 * values.mean() - 2 * values[::-1]], f"{what}, mean over pairs of three seeds, by jackknife", "", (0, 1))
 
 def _agreement() -> pd.DataFrame:
     "How far the seeds of a dictionary agree, pair by pair; and dictionaries of directions drawn at random."
@@ -551,6 +556,15 @@ def by_hand_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     return results | {f"by_hand_{name}": mean_result(table[name].to_numpy(), unit="", how=f"{name} of the descriptions by hand on the half that was not looked at, mean over descriptions") for name in ("precision", "recall")}, {"by_hand": table.round(4)}
 
 
+# %% ../../nbs/24_sae_features.ipynb #58e075e2
+def shown_descriptions(one: Dictionary) -> dict[int, str]:
+    "What the pages say of a dictionary's features: the description by hand if it fits, else the listed one that fits, else the one by hand with a remark; nothing of the others."
+    listed, by_hand = (load_table(EXPERIMENT, name) for name in ("described", "by_hand"))
+    listed = listed[(listed.set == ("trained" if one.trained else "untrained")) & (listed.layer == one.layer) & (listed.seed == one.seed) & listed.fits]
+    by_hand = by_hand[by_hand.layer == one.layer] if one == Dictionary(one.layer) else by_hand[:0]
+    failed = {feature: f"{words} (written by hand; does not fit)" for feature, words in zip(by_hand.feature[~by_hand.fits], by_hand.described[~by_hand.fits])}
+    return failed | dict(zip(listed.feature, listed.described)) | dict(zip(by_hand.feature[by_hand.fits], by_hand.described[by_hand.fits]))
+
 # %% ../../nbs/24_sae_features.ipynb #92ac816d
 FORETOLD = {(2, 233): "nsl y", (2, 309): "oeai", (4, 514): "l", (4, 657): "-", (4, 416): "\n", (4, 702): string.ascii_uppercase, (4, 381): "ine", (4, 663): " ,.;:!?\n", (4, 257): "rolu", (4, 690): "eyurol"}
 
@@ -574,11 +588,6 @@ def nearest_in_size(acts: Float[np.ndarray, "place feature"], feature: int, n: i
     distance[feature] = np.inf
     return np.argsort(distance, kind="stable")[:n]
 
-def taken_along(model: TransformerBridge, sae: SAE, feature: int, other: int) -> contextlib.AbstractContextManager[TransformerBridge]:
-    "Inside the block the stream lacks as much as a feature puts into it, but along another feature's direction."
-    return replaced(model, {sae.cfg.metadata.hook_name: lambda value: value - encoded(sae, value)[0][..., [feature]] * sae.W_dec.detach()[other]})
-
-
 # %% ../../nbs/24_sae_features.ipynb #e907e331
 def causes_of(key: tuple[int, int], places: int = 64, prompts: int = 24) -> pd.DataFrame:
     "Of a feature described by hand and of ten others: by how much the letters that are foretold become less likely without it, where it is active, and which share of what the model writes they are with it."
@@ -596,7 +605,7 @@ def causes_of(key: tuple[int, int], places: int = 64, prompts: int = 24) -> pd.D
     found = []
     for one in map(int, (feature, *nearest_in_size(acts[at], feature))):
         with ablate_feature(model, sae, one): fall = plain - share_of(model, some, where, ids)
-        with taken_along(model, sae, feature, one): along = plain - share_of(model, some, where, ids)
+        with ablate_feature(model, sae, feature, along=one): along = plain - share_of(model, some, where, ids)
         with steer_with_feature(model, sae, one, float(most[feature]), how="set"): steered = np.isin(written(model, starts), ids).mean(1)
         found.append({"layer": layer, "described": feature, "feature": one, "own": one == feature, "places": len(at), "size": float(acts[at, one].mean()), "plain": plain.mean(), "fall": fall.mean(), "along": along.mean(), "unsteered": unsteered.mean(), "steered": steered.mean(), **dict(zip(("fall_low", "fall_high"), bootstrap_ci(fall)[1:]))})
     return pd.DataFrame(found)
@@ -635,7 +644,7 @@ def planted_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     table = pd.DataFrame([{"axis": axis, "value": _varied(axis, case), "seed": seed, **found[replace(case, seed=seed)]} for axis, some in CASES.items() for case in some for seed in SEEDS])
     results = {}
     for (axis, value), rows in table.groupby(["axis", "value"]):
-        for kind, (measure, text) in itertools.product(("", "untrained_", "components_"), MEASURES.items()):
+        for kind, (measure, text) in itertools.product(("", "untrained_", "components_") if axis == "active" else ("",), MEASURES.items()):
             how = {"": "", "untrained_": ", of an autoencoder that has learned nothing", "components_": ", of the principal components"}[kind]
             results[f"planted_{axis}_{value}_{kind}{measure}"] = over_seeds([np.array([one]) for one in rows[kind + measure]], f"{text}{how}; {AXES[axis].format(value)}", "", (0, 1) if measure in ("recall", "precision") else (-1, 1))
     return kept(results), {"planted": table.round(4)}
@@ -650,9 +659,11 @@ def sums_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         where = f"after layer {layer}, before the tens"
         for kind, (by, name) in itertools.product(("carry", "a tens", "b tens", "a units", "b units", "units' sum", "tens' sum", "tens said"), DETECTORS.items()):
             what[f"f1_{kind}_{by}_{layer}"] = (f"F1 on test problems, mean over the values of: {kind}; by the best on training problems: {name}; {where}", "", (0, 1))
-        for which, text in (("", "the feature that tells the carry best"), ("others_", "another that is active as often, mean of ten")):
-            what |= {f"{which}dropped_{layer}": (f"share of the carrying problems whose tens are one less without {text}; {where}", "", (0, 1)), f"{which}broken_{layer}": (f"share of the carrying problems whose tens are another digit without {text}; {where}", "", (0, 1)), f"{which}spilled_{layer}": (f"share of the problems that do not carry whose tens are wrong without {text}; {where}", "", (0, 1))}
-        what[f"most_others_dropped_{layer}"] = (f"the largest share of carrying problems whose tens are one less without one of ten others that are active as often; {where}", "", (0, 1))
+        for which, text in (("", "the feature that tells the carry best"), ("others_", "others that are active most nearly as often, mean of ten")):
+            what |= {f"{which}{name}_{layer}": (f"{how} {'of' if name in ('size', 'active') else 'without'} {text}; {where}", "", None if name == "size" else (0, 1)) for name, how in CARRY.items()}
+        for which, of in (("", "mean"), ("most_", "largest")):
+            what[f"{which}others_along_{layer}"] = (f"{CARRY['dropped']} when as much as the feature that tells the carry best puts in is taken off along another's direction, {of} of ten; {where}", "", (0, 1))
+        what[f"most_others_dropped_{layer}"] = (f"{CARRY['dropped']} without one of ten others that are active most nearly as often, the largest; {where}", "", (0, 1))
     results, tables = gathered(sums_of_model, [subject for subject in shipped_subjects(ADDITION) if subject.seed < 5], what)
     return {name.replace("'", "").replace(" ", "_"): result for name, result in results.items()}, tables
 
@@ -744,7 +755,7 @@ def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
 
 
 # %% ../../nbs/24_sae_features.ipynb #727288e4
-_SUMS = {"features": SIZE, "active": ACTIVE, "samples": 2**19, "problems": PROBLEMS}
+_SUMS = {"features": SIZE, "active": ACTIVE, "samples": 2**19}
 
 def _sums_models() -> list[Path]:
     "The models that are asked what they know of sums."
@@ -779,6 +790,6 @@ def findings(results: dict[str, Result]) -> list[str]:
         ("In models that add, the feature that tells the carry best after layer 0 has an F1 of {} and {} on test problems (GPT-2 and Qwen3 blocks), a linear probe {} and {}; without it {} and {} of the carries are dropped.", "addition_gpt2_f1_carry_feature_0", "addition_qwen_f1_carry_feature_0", "addition_gpt2_f1_carry_probe_0", "addition_qwen_f1_carry_probe_0", "addition_gpt2_dropped_0", "addition_qwen_dropped_0"),
         ("In `shakespeare`, 32 active among 768 features win back {} of the loss in the middle and {} late, with {} and {} of them dead; of the variance they explain {} and {}, of that of the untrained model {} and {}.", "trained_2_32_768_ce_recovered_mean", "trained_4_32_768_ce_recovered_mean", "trained_2_32_768_dead", "trained_4_32_768_dead", "trained_2_32_768_explained_variance", "trained_4_32_768_explained_variance", "untrained_2_32_768_explained_variance", "untrained_4_32_768_explained_variance"),
         ("A description that a program lists fits {} and {} of the features (middle, late), {} and {} of those of the untrained model, {} and {} of the neurons; of the features drawn at random a description by hand fits {}.", "fits_trained_2", "fits_trained_4", "fits_untrained_2", "fits_untrained_4", "fits_neurons_2", "fits_neurons_4", "by_hand_sampled_fits"),
-        ("Of ten described features, a share of {} make the letters foretold less likely when taken away, {} more than any of ten others, which are smaller there; but only {} more than as much taken along the directions of these. Put into other text, {} make the letters more frequent, {} more than any of ten others.", "causes_fall", "causes_most", "causes_along", "causes_steered", "causes_steered_most")]
+        ("Of ten described features, a share of {} make the letters foretold less likely when taken away, {} more than any of ten others, which are smaller there on average; but only {} more than as much taken along the directions of these. Put into other text, {} make the letters more frequent, {} more than any of ten others.", "causes_fall", "causes_most", "causes_along", "causes_steered", "causes_steered_most")]
     return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
 
