@@ -12,7 +12,8 @@ from ..addition import problems_of
 from ..core import Result, Stage, load_table
 from ..data import spell
 from ..lens_report import Question, contributions, moving_heads, read_answers
-from ..subjects import (ADDITION, PUBLIC_FILES, SIX_LAYERS, Passes, Subject, as_predicted, babyllama_missing, brief, corpus_missing, gathered, over_seeds, public_subjects, shipped_subjects, shown_tokens, stored_tables, subject_files,
+from ..statistics import mean_result, rate_result, ratio_of_sums_ci
+from ..subjects import (ADDITION, PUBLIC_FILES, SIX_LAYERS, Passes, Subject, as_predicted, babyllama_missing, brief, corpus_missing, gathered, in_parallel, key, over_seeds, public_subjects, shipped_subjects, shown_tokens, stored_tables, subject_files,
                                      tables_missing, untrained_subjects)
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'PLACES', 'PROBLEMS', 'ASKED', 'SUM_WORDINGS', 'SIXTHS', 'WHAT', 'TEXT', 'PREDICTED', 'STAGES',
-           'text_questions', 'sum_questions', 'settled', 'parts_of', 'reading_of', 'distances', 'reading_stage',
-           'likeness_stage', 'predictions_stage']
+           'text_questions', 'sum_questions', 'settled', 'parts_of', 'reading_of', 'distances', 'alone',
+           'reading_stage', 'likeness_stage', 'predictions_stage']
 
 # %% ../../nbs/25_across_models.ipynb #d9897ec9
 EXPERIMENT, PLACES, PROBLEMS, ASKED = "across_models", 200, 50, 50                            # questions to a model of text, problems, and of how many questions parts and heads are asked
@@ -106,6 +107,29 @@ WHAT = {f"remainder_{k}": (f"remainder at {k}/6 of the depth; {_WHERE}", "", Non
     **{f"{part}_{place}": (f"what {part} adds to the difference of the answers in the {text}; mean over questions", "nats", None) for part in ("attention", "mlp") for place, text in (("first", "first layer"), ("upper", "upper half of the layers"))},
     "heads_middle": ("share of all absolute effects of single heads at 40% to 85% of the depth", "", (0, 1)), "of_heads_middle": ("share of the heads there", "", (0, 1))}
 
+def alone(subject: Subject) -> dict[str, Result]:
+    "The same numbers of a family of one model, with intervals over questions."
+    import numpy as np
+    model = subject.open()
+    questions = text_questions(subject, model)
+    answers = read_answers(model, questions)
+    kl = answers.pivot(index="question", columns="depth", values="kl")
+    at = lambda k: np.array([np.interp(k / 6, kl.columns, row) for row in kl.to_numpy()])
+    def ratio(name: str, top: np.ndarray, below: np.ndarray) -> Result:
+        "A ratio of sums over questions."
+        value, low, high = ratio_of_sums_ci(top, below)
+        return Result(value, low, high, n=len(top), seeds=1, unit=WHAT[name][1], how=f"{WHAT[name][0]}; a ratio of sums, percentile bootstrap over questions")
+    found = {f"remainder_{k}": ratio(f"remainder_{k}", at(k), at(0)) for k in SIXTHS}
+    ends = answers.pivot(index="question", columns="depth", values="probability")
+    few = questions[::max(1, len(questions) // ASKED)]
+    added, heads = contributions(model, few), moving_heads(model, few, 0, 1)
+    size, middle = heads.effect.abs(), heads.depth.between(0.4, 0.85)
+    found["heads_middle"] = ratio("heads_middle", size.where(middle, 0).groupby(heads.question).sum().to_numpy(), size.groupby(heads.question).sum().to_numpy())
+    means = {"settled": settled(answers), "gain": ends.iloc[:, -1] - ends.iloc[:, 0]} | {f"{part}_{place}": added[where].groupby("question")[part].sum() for part in ("attention", "mlp") for place, where in (("first", added.layer == 0), ("upper", added.depth > 0.5))}
+    found |= {name: mean_result(values.to_numpy(), unit=WHAT[name][1], how=WHAT[name][0]) for name, values in means.items()}
+    last = answers[answers.depth == 1]["rank"] == 0
+    return found | {"right": rate_result(int(last.sum()), len(last), unit="", how=WHAT["right"][0])}
+
 def _subjects() -> list[Subject]:
     "The models that are here: of text, where the corpus is, and those that add, seeds 0 to 4; and their untrained twins."
     text = [] if corpus_missing() else [*shipped_subjects(SIX_LAYERS), *untrained_subjects(SIX_LAYERS)]
@@ -113,7 +137,11 @@ def _subjects() -> list[Subject]:
 
 def reading_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "What all models say to their questions."
-    return gathered(reading_of, _subjects(), WHAT)
+    subjects = _subjects()
+    results, tables = gathered(reading_of, subjects, WHAT)
+    single = [one for one in subjects if [other.family for other in subjects].count(one.family) == 1]
+    for subject, found in zip(single, in_parallel(alone, single)): results |= {key(subject.family, name): result for name, result in found.items()}
+    return results, tables
 
 def likeness_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How far models are from each other."
