@@ -31,6 +31,7 @@ __all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'c
 def cmd_models(args: argparse.Namespace) -> int:
     "List the shipped models, or the families of models that can be opened."
     from mechinterp_lib.models import describe_model, families_table, list_models
+    from mechinterp_lib.sae import shipped_saes
     if args.families:
         print(families_table().reset_index().to_string(index=False))
         return 0
@@ -42,6 +43,7 @@ def cmd_models(args: argparse.Namespace) -> int:
         if about["best_step"] is not None: loss += f" at step {about['best_step']}"
         if about["validation_accuracy"] is not None: loss += f", {about['validation_accuracy']:.2%} exact"
         print(f"{name:34} {about['parameters']:>11,} parameters  {about['n_layers']} layers x {about['n_heads']} heads  d_model {about['d_model']:<4} {loss}")
+    if found := sorted({name.rpartition("/")[0] for name in shipped_saes()}): print(f"autoencoders, opened by load_sae, seed by seed: {', '.join(found)}")
     return 2 if damaged else 0
 
 def cmd_train(args: argparse.Namespace) -> int:
@@ -100,7 +102,8 @@ def _lens_report(args: argparse.Namespace) -> int:
         if value is not None: raise InputError(name, str(value), "not with --prompts, which writes a folder: --out names it")
     questions, models = read_questions(args.prompts), {name: partial(load_model, name, device=args.device) for name in dict.fromkeys(args.model)}
     path = write_report(models, questions, args.out or Path("lens-report"), args.mode, load_tuned_lens if args.mode == "tuned" else None)
-    print(f"{len(questions)} questions, {len(models)} models: written to {path}")
+    left_out = path.read_text(encoding="utf-8").count(" cannot read ")
+    print(f"{len(questions)} questions, {len(models)} models: written to {path}" + (f"; {left_out} times a model cannot read a question, which the report lists" if left_out else ""))
     return 0
 
 def cmd_lens(args: argparse.Namespace) -> int:
@@ -213,7 +216,8 @@ def _look(chat: Chat, command: str, argument: str) -> None:
     if not (argument or "1").isdecimal(): raise InputError("/lens", argument, "allowed: the number of a token of the reply")
     read = read_for(chat, int(argument or 1))
     lens = logit_lens(chat.model, torch.tensor([read], device=chat.model.cfg.device))
-    print(f"after {chat.model.tokenizer.decode(read[-16:])!r}")
+    drawn = chat.tokens[chat.asked + int(argument or 1) - 1]
+    print(f"after {chat.model.tokenizer.decode(read[-16:])!r}, where {chat.model.tokenizer.decode([drawn])!r} was drawn")
     _print_layers(lens.top(), lens.summary())
 
 

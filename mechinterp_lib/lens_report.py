@@ -194,9 +194,9 @@ def write_report(models: Mapping[str, TransformerBridge | Callable[[], Transform
 # %% ../nbs/16_lens_report.ipynb #8b593ad6
 def _report_text(tables: Mapping[str, pd.DataFrame], by_depth: pd.DataFrame, unread: Mapping[str, Sequence[str]], mode: str) -> str:
     "The report's text."
-    def part(title: str, say: str, table: pd.DataFrame) -> str:
-        "A section, or nothing where there is nothing to show."
-        return f"## {title}\n\n{say}\n\n{_markdown(table)}\n" if len(table) else ""
+    def part(title: str, say: str, table: pd.DataFrame, none: str = "") -> str:
+        "A section, or why there is nothing to show."
+        return f"## {title}\n\n{say}\n\n{_markdown(table) if len(table) else 'Nothing to show: ' + none}\n"
     def wide(long: pd.DataFrame, index: Sequence[str], columns: str) -> pd.DataFrame:
         "Means with interval and n, one column for each of what is asked."
         said = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}; n = {row.n}]" if row.low == row.low else f"{row.value:.3f} [n = {row.n}]" for row in long.itertuples()]
@@ -211,11 +211,11 @@ def _report_text(tables: Mapping[str, pd.DataFrame], by_depth: pd.DataFrame, unr
     added = over_questions(tables["contributions"], ["model", "layer", "of"], ["attention", "mlp"])
     added = wide(added, ["model", "layer", "of"], "measure") if len(added) else added
     heads = over_questions(tables["heads"], ["model", "layer", "head", "depth", "of"], ["effect"])
-    heads = heads.assign(size=heads.value.abs()).sort_values("size", ascending=False, kind="stable").groupby(["model", "of"], sort=False).head(8).sort_values("model", kind="stable")
+    heads = heads.assign(size=heads.value.abs()).sort_values("size", ascending=False, kind="stable").groupby(["model", "of"], sort=False).head(8).sort_values(["model", "of"], kind="stable")
     heads = wide(heads, ["model", "layer", "head", "depth", "of"], "measure")
     skipped = "\n".join(f"- {name} cannot read {reason}" for name, reasons in unread.items() for reason in reasons)
     return "# Where the answer appears\n\n" + "\n".join(filter(None, [
         f"Read with the {mode} lens. Brackets hold 95% intervals over questions, and how many there are. What parts add is observed; what heads do is asked by taking each away.\n", skipped and f"Left out:\n\n{skipped}\n",
-        "![probability](probability.svg)\n\n![divergence](kl.svg)\n", part("By depth", "0% is the embedding, 100% the last layer.", shown), part("Leaning to one answer", "At the last layer, in nats: `bias` towards the group's first answer whatever is asked, and `sway`, by how much the question moves it.", ends),
-        part("Other wordings", "At the last layer: the answer's probability over wordings, and the standard deviation of its logit difference in nats.", words), part("Temperature", "The answer's probability, mean over questions.", sweep),
-        part("Attention and MLPs", "What each layer adds to the logit difference (or, where a question has no wrong answer, to the answer's logit), in nats, mean over questions.", added), part("Heads that move the answer", "Between 40% and 85% of the depth, or as near as there is a layer: the change of the logit difference (or of the log-probability), in nats, when a head writes nothing; the largest eight.", heads)]))
+        "![probability](probability.svg)\n\n![divergence](kl.svg)\n", part("By depth", "0% is the embedding, 100% the last layer.", shown), part("Leaning to one answer", "At the last layer, in nats: `bias` towards the group's first answer whatever is asked, and `sway`, by how much the question moves it.", ends, "no two questions of a group have their answers exchanged."),
+        part("Other wordings", "At the last layer: the answer's probability over wordings, and the standard deviation of its logit difference in nats.", words, "no two questions of a group have the same answers."), part("Temperature", "The answer's probability, mean over questions.", sweep),
+        part("Attention and MLPs", "What each layer adds to the logit difference (or, where a question has no wrong answer, to the answer's logit), in nats, mean over questions.", added, "logits are soft-capped, and no sum of parts."), part("Heads that move the answer", "Between 40% and 85% of the depth, or as near as there is a layer: the change of the logit difference (or of the log-probability), in nats, when a head writes nothing; the largest eight.", heads)]))

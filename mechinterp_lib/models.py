@@ -572,6 +572,7 @@ def load_model(name: str | Path, device: str | None = None, dtype: Any = None, d
     `name`: a shipped model (the family's name suffices where it has one seed), a checkpoint folder, a nanoGPT `.pt`, a llama2.c `.bin`, or a name on the Hugging Face hub. `InputError` where none is usable or the memory does not suffice."""
     if device is not None and device_map is not None: raise InputError("device_map", device_map, f"allowed without a device, which is {device!r}")
     device, dtype, text, path = pick_device(device), pick_dtype(dtype), str(name), Path(name).expanduser()
+    if (home() / "models" / text / "cfg.json").is_file() or (path / "cfg.json").is_file(): raise InputError("name", text, "this is an autoencoder: sae.load_sae opens it")
     if shipped := shipped_name(name): return _load_folder(home() / "models" / shipped, shipped, device, dtype, device_map)
     if path.is_dir(): return _load_folder(path, text, device, dtype, device_map)
     if path.suffix in (".pt", ".bin"):

@@ -39,6 +39,7 @@ def corpus_rows(model: TransformerBridge, data: str | Int[Tensor, "row pos"] | S
     "A corpus as rows of `length` tokens (None: the context, or 1,024); what is left at the end of a text is left out. Token ids `[row, pos]` are taken as they are, also from a memory-mapped file. `InputError` where not one row is full."
     import torch
     if isinstance(data, torch.Tensor) and data.ndim == 2: return data
+    if not len(data): raise InputError("data", data if isinstance(data, str) else type(data).__name__, "it is empty")
     length = (model.cfg.n_ctx or 1024) if length is None else length
     rows = [some for some in dataset_rows(model, data, length) if some.shape[1] == length]
     if not rows: raise InputError("data", "too few tokens", f"at least one row of {length} is needed; or pass a smaller length")
@@ -148,7 +149,7 @@ def sae_hook(sae: SAE, model: TransformerBridge) -> str:
     if said.hook_name is None: raise InputError("sae", "no hook_name in its metadata", "set sae.cfg.metadata.hook_name to the hook that it reads")
     check_names(model, "sae.cfg.metadata.hook_name", [said.hook_name])
     if said.weights is not None:
-        if said.weights != weights_key(model): raise InputError("sae", f"of a model with weights {said.weights}", f"this model's are {weights_key(model)}: it is an autoencoder of another model")
+        if said.weights != weights_key(model): raise InputError("sae", f"of {said.model_name} (weights {said.weights})", f"this model is {model.cfg.model_name} ({weights_key(model)}): it is an autoencoder of another model")
         return said.hook_name
     plain = lambda name: str(name or "").split("/")[-1].lower().removesuffix("-small")
     if said.model_name is not None and plain(said.model_name) != plain(getattr(model.cfg, "model_name", None)): warnings.warn(f"the autoencoder says that it is of {said.model_name!r}; this model is {model.cfg.model_name!r}", stacklevel=3)
@@ -179,12 +180,12 @@ def new_sae(architecture: str, d_in: int, d_sae: int, k: float, l1: float, steps
 # %% ../nbs/12_sae.ipynb #dec9528c
 def fit_sae(batches: Callable[[int], Iterator[Float[Tensor, "batch d_in"]]], architecture: str = "topk", d_sae: int | None = None, k: float = 32, *, n_samples: int = 2_000_000, lr: float | None = None, l1: float = 1.0, seed: int = 0,
             device: str | None = None, autocast: bool | None = None, out: str | Path | None = None, metadata: Mapping[str, Any] | None = None, wandb_project: str | None = None, progress: bool | None = None) -> SAE:
-    """Train on `n_samples` activations by sae-lens's trainer; `batches(start)` gives batches of one size from the `start`-th activation on. `d_sae`: how many features (None: 8 for each dimension); `k`: how many of them are active, on average (`batchtopk` and, much more slowly, `jumprelu` learn thresholds for it; a warning where they are not there yet); `l1`: the price for `standard`, which has no `k`. `lr`: by the rule
+    """Train on `n_samples` activations by sae-lens's trainer (some hundreds of batches at least, or little is learned: smaller batches help where there is little text); `batches(start)` gives batches of one size from the `start`-th activation on. `d_sae`: how many features (None: 8 for each dimension); `k`: how many of them are active, on average (`batchtopk` and, much more slowly, `jumprelu` learn thresholds for it; a warning where they are not there yet); `l1`: the price for `standard`, which has no `k`. `lr`: by the rule
     2e-4 * sqrt(2**14 / d_sae) for None. `autocast`: bfloat16 products (None: where the processor has units for them). In the folder `out` the autoencoder is written when it is done, in 16 bits, and on the way a state from which the same call goes on after it was killed. `wandb_project`: keep sae-lens's log at Weights & Biases; nothing leaves the machine without it. `progress`: a bar, or (None) one where somebody is looking. Returns it as it opens from there. `InputError` for settings out of range, activations that
     are not finite, and an `out` that holds another autoencoder, or the state of a training with other settings."""
     from tqdm import tqdm
     out = None if out is None else Path(out)
-    if out is not None and (out / "cfg.json").exists(): raise InputError("out", str(out), "it holds an autoencoder already; choose another folder, or remove it")
+    if out is not None and (out / "cfg.json").exists(): raise InputError("out", str(out), "it holds an autoencoder already: load_sae opens it; a new one needs another folder")
     with contextlib.nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state"
         stream = batches(_samples_done(state))
@@ -217,7 +218,7 @@ def _checked_settings(first: Float[Tensor, "batch d_in"], architecture: str, d_s
     d_sae = 8 * d_in if d_sae is None else int(check_range("d_sae", d_sae, 1, 2**31))
     check_choice("architecture", architecture, ARCHITECTURES)
     k = None if architecture == "standard" else int(check_range("k", k, 1, d_sae + 1)) if architecture == "topk" else check_number("k", k, 0, d_sae)
-    return {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "k": k, "n_samples": int(check_range("n_samples", n_samples, batch, 2**62)), "batch_size": batch, "lr": 2e-4 * math.sqrt(2**14 / d_sae) if lr is None else check_number("lr", lr, 0), "l1": check_number("l1", l1, 0), "seed": int(seed), "device": device,
+    return {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "k": k, "n_samples": int(n_samples if n_samples >= batch else check_range("n_samples, at least one batch", n_samples, batch, 2**62)), "batch_size": batch, "lr": 2e-4 * math.sqrt(2**14 / d_sae) if lr is None else check_number("lr", lr, 0), "l1": check_number("l1", l1, 0), "seed": int(seed), "device": device,
             "autocast": mixed_precision(device) if autocast is None else bool(autocast)}
 
 # %% ../nbs/12_sae.ipynb #45ee9cc3
@@ -327,7 +328,7 @@ def with_features(sae: SAE, value: Float[Tensor, "row pos ..."], change: Callabl
 
 # %% ../nbs/12_sae.ipynb #d2bfd98a
 def evaluate_sae(sae: SAE, model: TransformerBridge, data: str | Int[Tensor, "row pos"] | Sequence[str | Int[Tensor, "pos"]], *, length: int | None = None, chunk: int = 16) -> SAEQuality:
-    "The measures above on held-out text, and for each feature how often and how strongly it is active (`density`, `mean` where it is, `most`) and which other decoder direction is `nearest` (`cosine`). Positions that the training left out are left out. Memory for the features of `chunk` rows and three times their logits. Where it makes no difference to the loss that the activation is gone, there is no share of it (`ce_recovered_zero`, `ce_recovered_mean`) in the results. `InputError` for an autoencoder of another model, and fewer than two rows."
+    """How good an autoencoder is on held-out text. `results`, by name: `explained_variance`; `ce_recovered_mean`, `ce_recovered_zero`, `kl_recovered_mean`, `kl_recovered_zero`, the shares of the loss and of the divergence from the model's own prediction that are won back from the activation's mean, or zero; `l0`, features active in a position; `dead`, the share of features that never are; `norm_ratio` and `shrinkage`; and `ce_...`, `kl_...` in nats. `features`: for each feature how often and how strongly it is active (`density`, `mean` where it is, `most`) and which other decoder direction is `nearest` (`cosine`). Positions that the training left out are left out. Memory for the features of `chunk` rows and three times their logits. Where the loss is no higher without the activation, there is no share of it to win back, and none in the results. `InputError` for an autoencoder of another model, and fewer than two rows."""
     import torch
     hook_name, skip, rows = check_sae(sae, model), sae.cfg.metadata.skip or 0, corpus_rows(model, data, length)
     if len(rows) < 2: raise InputError("data", f"{len(rows)} row", "at least 2 are needed for an interval")
@@ -396,7 +397,7 @@ class _SAECounts:
         note("explained_variance", rows["error"], rows["variance"], "share of the variance of the activations that is explained", 1.0)
         for name, gone in (("zero", "zero"), ("mean", "its mean")): note(f"kl_recovered_{name}", rows["kl_sae"], rows[f"kl_{name}"], f"share of the divergence with the activation set to {gone} that is won back", 1.0)
         note("shrinkage", rows["decoded_square"], rows["product"], "factor by which what is decoded would be best divided")
-        for name, gone in (("zero", "zero"), ("mean", "its mean")): note(f"ce_recovered_{name}", rows[f"ce_{name}"] - rows["ce_sae"], rows[f"ce_{name}"] - rows["ce_model"], f"share of the loss with the activation set to {gone} that is won back")
+        for name, gone in ((name, gone) for name, gone in (("zero", "zero"), ("mean", "its mean")) if rows[f"ce_{name}"].sum() > rows["ce_model"].sum()): note(f"ce_recovered_{name}", rows[f"ce_{name}"] - rows["ce_sae"], rows[f"ce_{name}"] - rows["ce_model"], f"share of the loss with the activation set to {gone} that is won back")
         for name, unit, how in (("l0", "features", "features active in a position"), ("norm_ratio", "", "length of what is decoded, of that of the activation"), ("ce_model", "nats", "loss of the model"), ("ce_sae", "nats", "loss with the decoded activation"), ("ce_zero", "nats", "loss with the activation set to zero"), ("ce_mean", "nats", "loss with the activation set to its mean"),
                                 ("kl_sae", "nats", "divergence of the prediction with the decoded activation from the model's own"), ("kl_zero", "nats", "the same with the activation set to zero"), ("kl_mean", "nats", "the same with the activation set to its mean")): found[name] = mean_result(rows[name], unit=unit, how=f"{how}, mean over rows")
         return found | {"dead": rate_result(int((self.active == 0).sum()), len(self.active), unit="", how=f"share of the features that are never active in {self.n:,} positions")}
@@ -457,20 +458,34 @@ def planted_batches(truth: Float[Tensor, "n d"], active: float, size: int = 1024
 # %% ../nbs/12_sae.ipynb #4e9391c2
 @contextlib.contextmanager
 def _changed_features(model: TransformerBridge, sae: SAE, change: Callable[[Float[Tensor, "row pos d_sae"]], Float[Tensor, "row pos d_sae"]], positions: Sequence[int] | None) -> Iterator[TransformerBridge]:
-    "Inside the block the features are changed where `positions` say, and the error is kept."
+    "Inside the block the features are changed where `positions` say, also where a model that writes reads its latest tokens alone, and the error is kept."
     import torch
-    hook_name, skip = sae_hook(sae, model), sae.cfg.metadata.skip or 0
+    hook_name, skip, before = sae_hook(sae, model), sae.cfg.metadata.skip or 0, 0
+    def note(_, args, kwargs):
+        "How many tokens were read before, and are kept as keys and values."
+        nonlocal before
+        past = kwargs.get("past_key_values")
+        before = 0 if past is None else past.get_seq_length()
     def of(value: Float[Tensor, "row pos ..."]) -> Float[Tensor, "row pos ..."]:
         "The activations with the change, where it is wanted."
-        n = value.shape[1]
-        where = torch.arange(n) >= skip if positions is None else torch.zeros(n, dtype=torch.bool).index_fill(0, torch.tensor([check_range("positions", at, -n, n) % n for at in positions], dtype=torch.long), True)
+        at, n = torch.arange(before, before + value.shape[1]), before + value.shape[1]
+        where = at >= skip if positions is None else torch.isin(at, torch.tensor([check_range("positions", one, -n, n) % n for one in positions], dtype=torch.long))
         return torch.where(where.to(value.device).view(-1, *[1] * (value.ndim - 2)), with_features(sae, value, change), value)
-    with replaced(model, {hook_name: of}): yield model
+    handle = model.original_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with replaced(model, {hook_name: of}): yield model
+    finally: handle.remove()
+
+def _features(sae: SAE, features: int | Sequence[int]) -> list[int]:
+    "Feature numbers as a list; an `InputError` for none, and one that there is not."
+    chosen = list(features) if isinstance(features, (list, tuple, range, np.ndarray)) else [features]
+    if not chosen: raise InputError("features", features, "at least one is needed")
+    return [int(check_range("features", feature, 0, sae.cfg.d_sae)) for feature in chosen]
 
 def ablate_feature(model: TransformerBridge, sae: SAE, features: int | Sequence[int], positions: Sequence[int] | None = None, along: int | None = None) -> contextlib.AbstractContextManager[TransformerBridge]:
     """Inside the block these features are zero, at some positions or (None) all that the training did not leave out; what the autoencoder misses is kept. With `along` the one feature stays, and as much as it puts in is taken off along another's direction: a control of the same length.
     `InputError` for a feature or position that there is not, another model's autoencoder, and `along` with several features."""
-    which = [check_range("features", feature, 0, sae.cfg.d_sae) for feature in ([features] if isinstance(features, (int, np.integer)) else features)]
+    which = _features(sae, features)
     if along is not None and (check_range("along", along, 0, sae.cfg.d_sae), len(which))[1] != 1: raise InputError("along", along, f"allowed with one feature, not {len(which)}")
     def change(acts):
         if along is None: acts[..., which] = 0
@@ -575,6 +590,7 @@ def feature_dashboard(sae: SAE, model: TransformerBridge, data: str | Int[Tensor
     for name, value, least, most in (("k", k, 1, 51), ("before", before, 0, 129), ("after", after, 0, 129), ("bins", bins, 1, 101), ("ablate", ablate, 0, 51), ("chunk", chunk, 1, 10_000)): check_range(name, value, least, most)
     if model.tokenizer is None: raise InputError("model", type(model).__name__, "it has no tokenizer, and its tokens no names")
     hook_name, rows, skip = check_sae(sae, model), corpus_rows(model, data, length), sae.cfg.metadata.skip or 0
+    if descriptions: _features(sae, list(descriptions))
     found = strongest_rows(sae, model, rows, k, chunk)
     seen, counts, active = _places_of(found, sae, model, rows, before, after, bins, chunk)
     rise = torch.full((k, sae.cfg.d_sae), torch.nan, dtype=torch.float64)
@@ -637,7 +653,7 @@ ol button:hover,ol button:focus-visible,ol [aria-current]{background:#e8eef7}sma
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.15rem 0;border-left:2px solid #ddd;padding-left:.5rem}pre b{outline:1px solid #b34700;font-weight:400}svg{display:block;max-width:24rem;width:100%}
 @media(max-width:45rem){main{display:block}ol{max-height:30vh}}
 @media(prefers-color-scheme:dark){body{color:#eee;background:#111}small{color:#aaa}ol button:hover,ol button:focus-visible,ol [aria-current]{background:#223048}pre{border-color:#444}}
-</style><h1>TITLE</h1><main><nav><label>Search <input id="q" type="search" placeholder="number, text or description"></label><small id="n"></small><ol id="list"></ol></nav><section id="shown" aria-live="polite"><p>Choose a feature.</p></section></main>
+</style><h1>TITLE</h1><main><nav><label>Search <input id="q" type="search" placeholder="number, description, strongest place"></label><small id="n"></small><ol id="list"></ol></nav><section id="shown" aria-live="polite"><p>Choose a feature.</p></section></main>
 <script>
 let all=[],files={},got=0;const $=id=>document.getElementById(id),esc=s=>String(s).replace(/[&<>"]/g,c=>({"&":"&amp;","<":"&lt;",">":"&gt;",'"':"&quot;"}[c])),vis=s=>esc(s).replace(/\\n/g,"\u21b5");
 function listed([n,v]){all=all.concat(v);if(++got===LISTS){all.sort((a,b)=>b[1]-a[1]);find();if(!location.hash)location.replace("#"+(all.find(f=>f[2])||all[0])[0]);chosen()}}
@@ -650,7 +666,8 @@ function show(id){mark();const e=all.find(f=>f[0]===id);if(!e){$("shown").textCo
 const f=files[g].find(p=>p.id===id),top=Math.max(1,...f.bins),w=240/f.bins.length;
 const mean=f.rise.length?f.rise.reduce((a,b)=>a+b)/f.rise.length:null;
 $("shown").innerHTML=`<h2>Feature ${id}${f.about?": "+esc(f.about):""}</h2><p>Active in ${(100*f.density).toPrecision(3)}% of POSITIONS positions, at most ${f.most}. Nearest direction: <a href="#${f.near[0]}" data-id="${f.near[0]}">${f.near[0]}</a>, cosine ${f.near[1]}.${mean===null?"":` Without it the loss of the ten tokens behind its strongest place${f.rise.length>1?"s":""} rises by ${mean.toPrecision(3)} nats${f.rise.length>1?` (${f.rise.join(", ")})`:""}.`}</p>`+
-(f.up.length?`<p>Raises <code>${f.up.map(vis).join("</code> <code>")}</code>; lowers <code>${f.down.map(vis).join("</code> <code>")}</code></p>`:"")+
+(f.up.length?`<p>Its direction raises <code>${f.up.map(vis).join("</code> <code>")}</code>; lowers <code>${f.down.map(vis).join("</code> <code>")}</code></p>`:"")+
+`<p><small>Below: how often it has which strength; then its strongest places, shaded by how active it is, the strongest token outlined, its value behind.</small></p>`+
 `<svg viewBox="0 0 244 70" role="img" aria-label="how often the feature has which strength"><g fill="#4a78b0">${f.bins.map((c,i)=>`<rect x="${2+i*w}" width="${w-1}" y="${c?56-50*Math.log1p(c)/Math.log1p(top):56}" height="${c?50*Math.log1p(c)/Math.log1p(top):0}"><title>${c}</title></rect>`).join("")}</g><text x="2" y="68" font-size="9" fill="currentColor">0</text><text x="242" y="68" font-size="9" text-anchor="end" fill="currentColor">${f.most}; how often, on a logarithmic scale</text></svg>`+
 f.rows.map(([v,t,a,m])=>`<pre title="${v}">${[...t].map((s,i)=>{const c=`<span style="background:rgba(230,120,20,${parseInt(a[i],36)/42})">${vis(s)}</span>`;return i===m?`<b>${c}</b>`:c}).join("")} <small>${v}</small></pre>`).join("");}
 addEventListener("click",e=>{const b=e.target.closest("[data-id]");if(b){e.preventDefault();location.hash=b.dataset.id}});addEventListener("hashchange",chosen);$("q").addEventListener("input",find);

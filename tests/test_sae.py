@@ -235,3 +235,20 @@ def test_what_cannot_be_used(model, rows, sae, tmp_path):
     with pytest.raises(InputError, match="positions"):
         with ablate_feature(model, sae, 0, positions=[16]): model(rows[:1])
     with torch.no_grad(): assert torch.isfinite(model(rows[:1])).all()
+
+
+@pytest.mark.parametrize("positions", [[2], [5], [-1], None])
+def test_a_change_stays_where_it_is_while_the_model_writes(positions, model, rows, sae):
+    "With keys and values kept, a step reads one token alone; its position is still that in the text."
+    prompt, changed = rows[:1, :6], []
+    for cached in (True, False):
+        with steer_with_feature(model, sae, 3, 40.0, positions): changed.append(model.original_model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=6, min_new_tokens=6, use_cache=cached, pad_token_id=0))
+    if positions != [-1]: assert torch.equal(*changed)                                                # the last position is another at each step
+    assert not model.original_model._forward_pre_hooks
+
+
+def test_no_share_is_given_where_there_is_nothing_to_win_back(model, rows, sae):
+    "A model that says its text is unlikely is better off without its activation."
+    unlikely = model(rows[:8]).argmin(-1).roll(1, 1)
+    results = evaluate_sae(sae, model, unlikely).results
+    for name in ("mean", "zero"): assert (f"ce_recovered_{name}" in results) == (results[f"ce_{name}"].value > results["ce_model"].value)
