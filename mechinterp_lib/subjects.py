@@ -65,7 +65,7 @@ def untrained_subjects(families: Sequence[str] = FAMILIES) -> list[Subject]:
 def public_subjects() -> list[Subject]:
     "BabyLlama-105, if its files are here."
     if not all(map(has_corpus, PUBLIC_FILES)): return []
-    return [Subject("babyllama-105", 0, lambda: load_model(fetch("babyllama-105"), device="cpu"), "tinystories-sample", 0.0)]
+    return [Subject("babyllama-105", 0, partial(load_model, fetch("babyllama-105"), device="cpu"), "tinystories-sample", 0.0)]
 
 # %% ../nbs/13_subjects.ipynb #bb20eaec
 def bos_token(model: TransformerBridge) -> int | None:
