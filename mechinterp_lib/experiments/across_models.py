@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['EXPERIMENT', 'PLACES', 'PROBLEMS', 'ASKED', 'SUM_WORDINGS', 'SIXTHS', 'WHAT', 'TEXT', 'PREDICTED', 'STAGES',
            'text_questions', 'sum_questions', 'settled', 'parts_of', 'reading_of', 'distances', 'alone',
-           'reading_stage', 'likeness_stage', 'predictions_stage']
+           'reading_stage', 'likeness_stage', 'predictions_stage', 'findings']
 
 # %% ../../nbs/25_across_models.ipynb #d9897ec9
 EXPERIMENT, PLACES, PROBLEMS, ASKED = "across_models", 200, 50, 50                            # questions to a model of text, problems, and of how many questions parts and heads are asked
@@ -87,7 +87,7 @@ def reading_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, flo
 
 # %% ../../nbs/25_across_models.ipynb #ae6fc03c
 def distances(numbers: pd.DataFrame) -> pd.DataFrame:
-    "From rows of (model, seed, name, value): for each seed of `shakespeare-small` its distance from `shakespeare` (`width`), from BabyLlama-105 (`text`), and the jackknife pseudo-value of the distance between seeds (`seeds`)."
+    "From rows of (model, seed, name, value): for each seed of `shakespeare-small` its distance from `shakespeare` (`width`), from BabyLlama-105 (`text`), from its own untrained twin (`untrained`), and the jackknife pseudo-value of the distance between seeds (`seeds`)."
     import numpy as np, pandas as pd
     of = numbers[numbers.name.str.startswith("remainder_")].pivot(index=["model", "seed"], columns="name", values="value")
     small = of.loc["shakespeare-small"]
@@ -95,6 +95,7 @@ def distances(numbers: pd.DataFrame) -> pd.DataFrame:
     n = len(small)
     over = lambda kept: between[np.ix_(kept, kept)][np.triu_indices(len(kept), 1)].mean()
     found = {"seeds": [n * over(range(n)) - (n - 1) * over([j for j in range(n) if j != i]) for i in range(n)]}
+    if "shakespeare-small-untrained" in of.index.get_level_values(0): found["untrained"] = (small - of.loc["shakespeare-small-untrained"].loc[small.index]).abs().mean(axis=1).to_numpy()
     for name, other in (("width", "shakespeare"), ("text", "babyllama-105")):
         if other in of.index.get_level_values(0): found[name] = (small - of.loc[other].iloc[0]).abs().mean(axis=1).to_numpy()
     return pd.DataFrame({"seed": small.index, **found})
@@ -147,7 +148,7 @@ def likeness_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How far models are from each other."
     import numpy as np
     table = distances(load_table(EXPERIMENT, "reading_seeds"))
-    what = {"seeds": "distance of two seeds of shakespeare-small, mean over pairs, by jackknife", "width": "distance of a seed of shakespeare-small from shakespeare", "text": "distance of a seed of shakespeare-small from BabyLlama-105"}
+    what = {"seeds": "distance of two seeds of shakespeare-small, mean over pairs, by jackknife", "width": "distance of a seed of shakespeare-small from shakespeare", "text": "distance of a seed of shakespeare-small from BabyLlama-105", "untrained": "distance of a seed of shakespeare-small from its untrained twin"}
     return {f"distance_{name}": over_seeds([np.array([value]) for value in table[name]], text) for name, text in what.items() if name in table}, {"distances": table.round(5)}
 
 # %% ../../nbs/25_across_models.ipynb #644cb51e
@@ -160,7 +161,7 @@ def _of(models: Sequence[str], holds: Passes) -> Passes:
 PREDICTED: dict[str, tuple[str, Passes]] = {
     "1": ("the remainder falls from each depth to the next", _of(TEXT, lambda of: of.falls == 1)),
     "4": ("answers settle at a mean depth above one half", _of(TEXT, lambda of: of.settled > 0.5)),
-    "5": ("the remainder after the first of two layers is smaller than in any text model at half its depth", _of(ADDITION, lambda of: of.remainder_3 < of.remainder_3[of.index.get_level_values("model").isin(TEXT)].min())),
+    "5": ("the remainder after the first of two layers is smaller than in any text model at half its depth", _of(ADDITION, lambda of: of.remainder_3 < of.least_of_text)),
     "6_text": ("in the upper half MLPs add more than attention", _of(TEXT, lambda of: of.mlp_upper > of.attention_upper)),
     "6_sums": ("in the first layer attention adds more than MLPs", _of(ADDITION, lambda of: of.attention_first > of.mlp_first)),
     "7": ("heads in the middle hold more than their share of the effects", _of(TEXT, lambda of: of.heads_middle > of.of_heads_middle)),
@@ -170,11 +171,25 @@ PREDICTED: dict[str, tuple[str, Passes]] = {
 }
 
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "How many models are as predicted, from the stored numbers of each."
-    return as_predicted(load_table(EXPERIMENT, "reading_seeds"), PREDICTED), {}
+    "How many models are as predicted, from the stored numbers of each; beside those of models that add, the least remainder at half of the depth of any text model."
+    import pandas as pd
+    numbers = load_table(EXPERIMENT, "reading_seeds")
+    half = numbers[numbers.name == "remainder_3"]
+    least = half[half.model.isin(ADDITION)].assign(name="least_of_text", value=half[half.model.isin(TEXT)].value.min())
+    return as_predicted(pd.concat([numbers, least]), PREDICTED), {}
 
 STAGES = {
     "reading": Stage(reading_stage, {"places": PLACES, "problems": PROBLEMS, "asked": ASKED}, range(5), lambda: subject_files((*SIX_LAYERS, *ADDITION), "tinyshakespeare", *PUBLIC_FILES), lambda: corpus_missing() or babyllama_missing()),
     "likeness": Stage(likeness_stage, {"sixths": list(SIXTHS)}, range(5), partial(stored_tables, EXPERIMENT, ["reading_seeds"]), partial(tables_missing, EXPERIMENT, ["reading_seeds"])),
     "predictions": Stage(predictions_stage, {"predictions": len(PREDICTED)}, range(5), partial(stored_tables, EXPERIMENT, ["reading_seeds"]), partial(tables_missing, EXPERIMENT, ["reading_seeds"])),
 }
+
+# %% ../../nbs/25_across_models.ipynb #2214e344
+def findings(results: dict[str, Result]) -> list[str]:
+    "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
+    sentences = [
+        ("At half of the depth the plain lens of `shakespeare-small` still lacks {} of its divergence at the embedding, `shakespeare` {}, BabyLlama-105 {}, models that add {} and {} (GPT-2 and Qwen3 blocks). Before training `shakespeare-small` lacks {}, `shakespeare` {}: the lens comes nearer to the end with every layer, whether or not anything is predicted.", "shakespeare_small_remainder_3", "shakespeare_remainder_3", "babyllama_105_remainder_3", "addition_gpt2_remainder_3", "addition_qwen_remainder_3", "shakespeare_small_untrained_remainder_3", "shakespeare_untrained_remainder_3"),
+        ("Two seeds of `shakespeare-small` differ by {} of it, on average over depths; `shakespeare` differs from them by {}, BabyLlama-105 by {}, their untrained twins by {}.", "distance_seeds", "distance_width", "distance_text", "distance_untrained"),
+        ("Answers settle at a mean depth of {} in `shakespeare-small`, {} in `shakespeare`, {} in BabyLlama-105, {} and {} in models that add.", "shakespeare_small_settled", "shakespeare_settled", "babyllama_105_settled", "addition_gpt2_settled", "addition_qwen_settled"),
+        ("In the upper half of `shakespeare-small` MLPs add {} nats to the difference of the two answers, attention {}.", "shakespeare_small_mlp_upper", "shakespeare_small_attention_upper")]
+    return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
