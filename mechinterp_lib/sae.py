@@ -476,6 +476,7 @@ def _changed_features(model: TransformerBridge, sae: SAE, change: Callable[[Floa
         with replaced(model, {hook_name: of}): yield model
     finally: handle.remove()
 
+# %% ../nbs/12_sae.ipynb #32799b6e
 def _features(sae: SAE, features: int | Sequence[int]) -> list[int]:
     "Feature numbers as a list; an `InputError` for none, and one that there is not."
     chosen = list(features) if isinstance(features, (list, tuple, range, np.ndarray)) else [features]

@@ -108,6 +108,7 @@ WHAT = {f"remainder_{k}": (f"remainder at {k}/6 of the depth; {_WHERE}", "", Non
     **{f"{part}_{place}": (f"what {part} adds to the difference of the answers in the {text}; mean over questions", "nats", None) for part in ("attention", "mlp") for place, text in (("first", "first layer"), ("upper", "upper half of the layers"))},
     "heads_middle": ("share of all absolute effects of single heads at 40% to 85% of the depth", "", (0, 1)), "of_heads_middle": ("share of the heads there", "", (0, 1))}
 
+# %% ../../nbs/25_across_models.ipynb #9c05d598
 def alone(subject: Subject) -> dict[str, Result]:
     "The same numbers of a family of one model, with intervals over questions."
     import numpy as np
@@ -131,6 +132,7 @@ def alone(subject: Subject) -> dict[str, Result]:
     last = answers[answers.depth == 1]["rank"] == 0
     return found | {"right": rate_result(int(last.sum()), len(last), unit="", how=WHAT["right"][0])}
 
+# %% ../../nbs/25_across_models.ipynb #e9bf7556
 def _subjects() -> list[Subject]:
     "The models that are here: of text, where the corpus is, and those that add, seeds 0 to 4; and their untrained twins."
     text = [] if corpus_missing() else [*shipped_subjects(SIX_LAYERS), *untrained_subjects(SIX_LAYERS)]
