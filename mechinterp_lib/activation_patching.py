@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['SAVED_AS', 'TASKS', 'Task', 'copying_pairs', 'Metric', 'answer_ids', 'logit_diff', 'log_probability', 'probability',
            'kl_divergence', 'next_token_loss', 'get_activations', 'patch_activation', 'compute_patching_effect', 'Scan',
-           'Pairs', 'run_pairs', 'patch_scan', 'copying_task', 'patch_layer_scan', 'patch_layers',
-           'find_important_components', 'Part', 'parse_component', 'has_component', 'put_part', 'ablation_scan',
-           'ablate_component', 'writes_at', 'reads_at', 'sender_changes', 'mlp_reads', 'path_patching',
-           'attribution_patching', 'slopes', 'as_task', 'find_circuit']
+           'Pairs', 'run_pairs', 'patch_scan', 'has_component', 'copying_task', 'patch_layer_scan', 'patch_layers',
+           'find_important_components', 'Part', 'parse_component', 'put_part', 'ablation_scan', 'ablate_component',
+           'writes_at', 'reads_at', 'sender_changes', 'mlp_reads', 'path_patching', 'attribution_patching', 'slopes',
+           'as_task', 'find_circuit']
 
 # %% ../nbs/07_activation_patching.ipynb #2ab73dff
 @dataclass(frozen=True, eq=False)
@@ -506,6 +506,12 @@ def patch_scan(model: TransformerBridge, clean_input: str | Sequence[str] | Int[
     return pairs.scan(component, *_named(component, layers, positions, patched, pairs.mask), None if tokens is None else (_named_positions(tokens, patched, pairs.clean),))
 
 # %% ../nbs/07_activation_patching.ipynb #5bb176a0
+def has_component(model: TransformerBridge, component: str, layer: int = 0) -> bool:
+    "Whether the layer has such a component: attention-only models have no `mlp_out`, parallel blocks no `resid_mid`."
+    try: hook_name(model, component, layer)
+    except InputError: return False
+    return True
+
 def _some_layers(model: TransformerBridge, layers: Sequence[int] | None, component: str) -> list[int]:
     "The layers to scan, by default all that have the component; an `InputError` for one that has it not (experts have no neurons in common)."
     if layers is not None and not hasattr(layers, "__iter__"): raise InputError("layers", layers, f"allowed: a list of layers, 0 to {model.cfg.n_layers - 1}")
@@ -595,12 +601,6 @@ def parse_component(model: TransformerBridge, name: str) -> list[Part]:
     parts = [Part(f"{kind}_out", layer) for kind in ("attn", "mlp") if (found[2] or kind) == kind and has_component(model, f"{kind}_out", layer)]
     if not parts: raise InputError("component", name, "this model has no MLPs")
     return parts
-
-def has_component(model: TransformerBridge, component: str, layer: int = 0) -> bool:
-    "Whether the layer has such a component: attention-only models have no `mlp_out`, parallel blocks no `resid_mid`."
-    try: hook_name(model, component, layer)
-    except InputError: return False
-    return True
 
 # %% ../nbs/07_activation_patching.ipynb #806ca68d
 def put_part(part: Part, rows: Int[Tensor, "row"], value: Float[Tensor, "row pos ..."]) -> Edit:
