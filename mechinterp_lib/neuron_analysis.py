@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 from .activation_patching import Part, Scan, ablate_component, has_component
 from .core import InputError, check_choice, check_range, generator

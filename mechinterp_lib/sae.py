@@ -487,8 +487,10 @@ def ablate_feature(model: TransformerBridge, sae: SAE, features: int | Sequence[
     """Inside the block these features are zero, at some positions or (None) all that the training did not leave out; what the autoencoder misses is kept. With `along` the one feature stays, and as much as it puts in is taken off along another's direction: a control of the same length.
     `InputError` for a feature or position that there is not, another model's autoencoder, and `along` with several features."""
     which = _features(sae, features)
-    if along is not None and (check_range("along", along, 0, sae.cfg.d_sae), len(which))[1] != 1: raise InputError("along", along, f"allowed with one feature, not {len(which)}")
-    def change(acts):
+    if along is not None: check_range("along", along, 0, sae.cfg.d_sae)
+    if along is not None and len(which) != 1: raise InputError("along", along, f"allowed with one feature, not {len(which)}")
+    def change(acts: Float[Tensor, "row pos d_sae"]) -> Float[Tensor, "row pos d_sae"]:
+        "The features without it, or with as much less of the other."
         if along is None: acts[..., which] = 0
         else:
             length = sae.W_dec.detach()[[which[0], along]].norm(dim=1)
@@ -499,7 +501,8 @@ def ablate_feature(model: TransformerBridge, sae: SAE, features: int | Sequence[
 def steer_with_feature(model: TransformerBridge, sae: SAE, feature: int, strength: float, positions: Sequence[int] | None = None, how: str = "add") -> contextlib.AbstractContextManager[TransformerBridge]:
     "Inside the block `strength` is added to a feature's activation (`how=\"set\"`: it is that), at some positions or (None) all; what the autoencoder misses is kept. `InputError` as for `ablate_feature`."
     check_range("feature", feature, 0, sae.cfg.d_sae), check_number("strength", strength), check_choice("how", how, ["add", "set"])
-    def change(acts):
+    def change(acts: Float[Tensor, "row pos d_sae"]) -> Float[Tensor, "row pos d_sae"]:
+        "The features with more of it, or with that much."
         acts[..., feature] = strength + (acts[..., feature] if how == "add" else 0)
         return acts
     return _changed_features(model, sae, change, positions)
