@@ -327,7 +327,8 @@ def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | No
             with _quiet_transformers(): tokenizer = kind.from_pretrained(path.parent, local_files_only=True)
         except Exception as error: raise InputError("path", str(said), f"the tokenizer cannot be opened: {_first_line(error)}") from error
         for name in ids.keys() - read_json(said).keys():                                       # not named there, not even as null: GPT-2's file says nothing of them
-            if isinstance(ids[name], int): tokenizer.add_special_tokens({name: tokenizer.convert_ids_to_tokens(ids[name])})
+            token = tokenizer.convert_ids_to_tokens(ids[name]) if isinstance(ids[name], int) else None
+            if token is not None: tokenizer.add_special_tokens({name: token})                  # a number beyond the vocabulary, as GPT-2's in a smaller one, names nothing
         return tokenizer
     if not path.is_file(): return None
     try: plain = Tokenizer.from_file(str(path))
