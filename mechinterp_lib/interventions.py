@@ -58,8 +58,8 @@ def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], att
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype not in whole or 0 in tokens.shape:
         was = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise InputError(argument, was, "allowed: an integer tensor [batch, pos] with at least one prompt and one token")
-    low, high, n_ctx = int(tokens.min()), int(tokens.max()), model.cfg.n_ctx
-    if low < 0 or high >= model.cfg.d_vocab: raise InputError(argument, f"ids {low} to {high}", f"allowed: 0 to {model.cfg.d_vocab - 1}")
+    low, high, n_ctx, known = int(tokens.min()), int(tokens.max()), model.cfg.n_ctx, model.cfg.d_vocab + vars(model).get("picture_words", 0)   # of a picture's patches, chapter 17
+    if low < 0 or high >= known: raise InputError(argument, f"ids {low} to {high}", f"allowed: 0 to {known - 1}")
     if n_ctx and tokens.shape[1] > n_ctx: raise InputError(argument, f"{tokens.shape[1]} positions", f"the model's context has {n_ctx}")
     if attention_mask is not None:
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
@@ -138,8 +138,8 @@ class _Enough(Exception):
     "Raised inside a forward pass, or a block, when what is asked of it is known."
 
 def capture(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], names: Iterable[str],
-            attention_mask: Int[Tensor, "batch pos"] | None = None, stop: bool = False) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, dict[str, Tensor]]:
-    "The logits (undefined where there is padding), and copies of the named activations, of one forward pass without gradients; with `stop` it ends once all have been seen, and there are no logits (None)."
+            attention_mask: Int[Tensor, "batch pos"] | None = None, stop: bool = False, **inputs) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, dict[str, Tensor]]:
+    "The logits (undefined where there is padding), and copies of the named activations, of one forward pass without gradients; with `stop` it ends once all have been seen, and there are no logits (None). `inputs`: what else the model reads, such as `pixel_values`."
     import torch
     tokens, attention_mask = check_tokens(model, tokens, attention_mask)
     seen, logits = {}, None
@@ -147,7 +147,7 @@ def capture(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], names: I
         seen[name] = value.detach().clone()
         if stop and len(seen) == len(hooks): raise _Enough
     hooks = [(name, partial(keep, name=name)) for name in dict.fromkeys(check_names(model, "names", names))]
-    with torch.no_grad(), _hooked(model, hooks), contextlib.suppress(_Enough): logits = model(tokens, attention_mask=attention_mask)
+    with torch.no_grad(), _hooked(model, hooks), contextlib.suppress(_Enough): logits = model(tokens, attention_mask=attention_mask, **inputs)
     for name, _ in hooks:
         if name not in seen: raise InputError("names", name, "this hook stands outside the model's computation as it is set up, and saw nothing")
     return logits, seen

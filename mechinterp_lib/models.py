@@ -112,6 +112,9 @@ def _tokenizer_bytes(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> bytes:
     plain.no_padding(); plain.no_truncation()
     return (plain.to_str(pretty=True) + "\n").encode()
 
+# %% ../nbs/04_models.ipynb #88a1c4f8
+_OWN_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json")
+
 # %% ../nbs/04_models.ipynb #b386b90d
 def check_model_folder(path: str | Path) -> Path:
     "`path` as an absolute path, if a model can be written there; an `InputError` where it is a file, holds other things than a checkpoint, or cannot be written."
@@ -119,8 +122,7 @@ def check_model_folder(path: str | Path) -> Path:
     parent = next(above for above in folder.parents if above.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)): raise InputError("path", str(folder), f"could not be written: {parent} is no folder that can be written to")
     if folder.exists() and not folder.is_dir(): raise InputError("path", str(folder), "could not be written: it is a file, and a model is a folder")
-    own = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "training.json", LENS_FILE)
-    other = sorted(file.name for file in folder.iterdir() if file.name not in own and not file.match("model*.safetensors*")) if folder.exists() else []
+    other = sorted(file.name for file in folder.iterdir() if file.name not in (*_OWN_FILES, "training.json", LENS_FILE) and not file.match("model*.safetensors*")) if folder.exists() else []
     if other: raise InputError("path", str(folder), f"holds {other[0]!r}, which is no part of a checkpoint and would be lost; give a new folder")
     return folder
 
@@ -140,8 +142,8 @@ def _write_together(folder: Path, files: Mapping[str, bytes]) -> None:
         for rest in (part, old): shutil.rmtree(rest, ignore_errors=True)
 
 def save_model(module: nn.Module, tokenizer: PreTrainedTokenizerFast | Tokenizer | None, path: str | Path,
-               training: Mapping | None = None, dtype: str = "float16") -> Path:
-    "Write a plain module as a checkpoint folder, in place of an earlier one; `InputError` where the folder cannot be written or holds other things."
+               training: Mapping | None = None, dtype: str = "float16", more: Mapping[str, Mapping] | None = None) -> Path:
+    "Write a plain module as a checkpoint folder, in place of an earlier one; `more` holds further files of a checkpoint as JSON, such as `processor_config.json`. `InputError` where the folder cannot be written or holds other things."
     from safetensors.torch import save
     folder = check_model_folder(path)
     module = getattr(module, "_orig_mod", module)
@@ -150,6 +152,7 @@ def save_model(module: nn.Module, tokenizer: PreTrainedTokenizerFast | Tokenizer
     files = {"model.safetensors": save(weights, metadata={"format": "pt"}), "config.json": _json_bytes("config", _config_dict(module))}
     if tokenizer is not None: files["tokenizer.json"] = _tokenizer_bytes(tokenizer)
     if training is not None: files["training.json"] = _json_bytes("training", dict(training))
+    files |= {check_choice("more", name, _OWN_FILES): _json_bytes(name, value) for name, value in (more or {}).items()}
     _write_together(folder, files)
     return Path(path)
 
@@ -359,6 +362,7 @@ def describe_model(name: str) -> dict[str, Any]:
     folder = home() / "models" / check_choice("name", name, list_models())
     if not (folder / "model.safetensors").is_file(): raise InputError("path", str(folder), "no model.safetensors in this folder")
     config, header = _checked_config(folder), _safetensors_header(folder / "model.safetensors")
+    config |= {key: value for key, value in config.get("text_config", {}).items() if key not in ("architectures", "model_type")}     # of a model with a tower: its decoder
     record = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
     if not isinstance(record, dict): raise InputError("path", str(folder / "training.json"), "holds no training record")
     def first(*keys: str) -> int:
@@ -634,9 +638,9 @@ def token_ids(model: TransformerBridge, inputs: str | Sequence[str] | Int[Tensor
     return ids, (torch.arange(ids.shape[1]) >= missing[:, None]).long().to(ids.device) if missing.any() else None
 
 def token_names(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> list[list[str]]:
-    "Each token as text, or its id where the model has no tokenizer."
+    "Each token as text, or its id where the model has no tokenizer; what is beyond the vocabulary is a patch of a picture."
     if model.tokenizer is None: return [list(map(str, row)) for row in tokens.tolist()]
-    return [[model.tokenizer.decode([i]) for i in row] for row in tokens.tolist()]
+    return [[model.tokenizer.decode([i]) if i < model.cfg.d_vocab else "▦" for i in row] for row in tokens.tolist()]
 
 # %% ../nbs/04_models.ipynb #e33b4548
 def written_by(model: TransformerBridge, n: int, length: int, seed: int = 0, start: str = "\n") -> Int[Tensor, "n length"]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['GREY', 'COLOURS', 'WIDTH', 'save_figure', 'line_plot', 'interval_plot', 'heatmap', 'head_grid', 'attention_grid',
-           'circuit_diagram', 'interactive_heatmap', 'HtmlFigure', 'attention_view']
+           'picture_grid', 'circuit_diagram', 'interactive_heatmap', 'HtmlFigure', 'attention_view']
 
 # %% ../nbs/02_plots.ipynb #6be47cff
 GREY = "#797979"
@@ -277,6 +277,31 @@ def attention_grid(patterns: Float[np.ndarray, "n_heads query_pos key_pos"], lab
             image = _attention_panel(axes, str(label), pattern, tokens, room=max(4, 36 // columns))
         figure.colorbar(image, ax=grid, label="attention", shrink=min(1, 1.6 / rows), pad=0.02).outline.set_visible(False)
         figure.supxlabel("key position", fontsize=10); figure.supylabel("query position", fontsize=10)
+        if title: figure.suptitle(title, fontsize=10)
+    return _settled(figure)
+
+# %% ../nbs/02_plots.ipynb #3251e84d
+def picture_grid(pictures: Float[np.ndarray, "picture channel y x"], titles: Sequence[str] | None = None, *, values: Float[np.ndarray, "picture row column"] | None = None, columns: int = 6,
+                 value_label: str = "", diverging: bool = False, limits: tuple[float, float] | None = None, title: str | None = None) -> Figure:
+    "Pictures with colours from 0 to 1 side by side, under `titles`; `values` colour the patches of each, in as many rows and columns as it has."
+    pictures = _check_array("pictures", pictures, 4)
+    n, channels = pictures.shape[:2]
+    if channels != 3 or np.isnan(pictures).any() or pictures.min() < 0 or pictures.max() > 1: raise InputError("pictures", f"shape {pictures.shape}", "allowed: [picture, 3, y, x], numbers from 0 to 1")
+    if titles is not None and len(titles) != n: raise InputError("titles", f"{len(titles)} titles", f"allowed: one for each of the {n} pictures")
+    if columns < 1: raise InputError("columns", columns, "at least 1")
+    if values is not None and len(values := _check_array("values", values, 3)) != n: raise InputError("values", f"shape {values.shape}", f"allowed: [{n}, row, column]")
+    columns = min(columns, n)
+    rows, extent = -(-n // columns), (0, pictures.shape[3], pictures.shape[2], 0)
+    low, high = (None, None) if values is None else _limits(values, diverging, limits)
+    with _style():
+        figure, grid = _new_figure(0.2 + rows * (0.9 * WIDTH / columns + 0.25 * (titles is not None)) + 0.2 * (title is not None), rows, columns, squeeze=False)
+        for i, axes in enumerate(grid.flat):
+            axes.set_axis_off()
+            if i >= n: continue
+            axes.imshow(pictures[i].transpose(1, 2, 0), extent=extent, interpolation="nearest")
+            if values is not None: image = axes.imshow(values[i], extent=extent, interpolation="nearest", cmap="RdBu_r" if diverging else "Blues", vmin=low, vmax=high, alpha=0.75)
+            if titles is not None: axes.set_title(str(titles[i]), fontsize=8)
+        if values is not None: figure.colorbar(image, ax=grid, label=value_label, shrink=min(1, 1.6 / rows), pad=0.02).outline.set_visible(False)
         if title: figure.suptitle(title, fontsize=10)
     return _settled(figure)
 

@@ -23,11 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['ALPHABET', 'SNAPSHOTS', 'Recipe', 'gpt2', 'recipes', 'load_recipe', 'learning_rate', 'd_vocab', 'mixed_precision',
-           'use_float32_attention', 'use_byte_dropout', 'sums_of', 'problem_rows', 'inputs_and_targets',
-           'training_batch', 'validation_rows', 'next_token_loss', 'validation', 'validation_loss', 'answer_scores',
-           'right_shares', 'training_step', 'run_dir', 'steps_done', 'load_weights', 'snapshot_path', 'kept_steps',
-           'snapshots', 'model_dir', 'train']
+__all__ = ['ALPHABET', 'SNAPSHOTS', 'Recipe', 'gpt2', 'recipes', 'load_recipe', 'learning_rate', 'optimizer_for', 'd_vocab',
+           'mixed_precision', 'use_float32_attention', 'use_byte_dropout', 'sums_of', 'problem_rows',
+           'inputs_and_targets', 'training_batch', 'validation_rows', 'next_token_loss', 'validation',
+           'validation_loss', 'answer_scores', 'right_shares', 'optimizer_step', 'training_step', 'run_dir',
+           'steps_done', 'load_weights', 'snapshot_path', 'kept_steps', 'snapshots', 'Run', 'run_to', 'model_dir',
+           'train']
 
 # %% ../nbs/05_training.ipynb #b75e0c6f
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (recipe.lr - recipe.min_lr)
 
 # %% ../nbs/05_training.ipynb #6cf3c89f
-def _optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def optimizer_for(module: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     "AdamW that decays matrices only: not biases, not normalisation gains."
     import torch
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -287,19 +288,23 @@ def right_shares(module: nn.Module, split: str) -> dict[str, dict[str, dict[str,
     return {wording: {carry: row.dropna().round(4).to_dict() for carry, row in table.iterrows()} for wording, table in tables.items()}
 
 # %% ../nbs/05_training.ipynb #55d1ec15
-def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Int[Tensor, "batch n_ctx_plus_1"], lr: float, grad_clip: float,
-                  autocast: bool) -> Tensor:
-    "One optimiser step on `batch`; returns the loss before it (nats a token)."
+def optimizer_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Float[Tensor, ""], lr: float, grad_clip: float) -> Float[Tensor, ""]:
+    "One optimiser step down `loss`, which is returned."
     import torch
     for group in optimizer.param_groups: group["lr"] = lr
-    inputs, targets = inputs_and_targets(batch.to(next(module.parameters()).device, non_blocking=True))
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast): logits = forward_logits(module, inputs)
-    loss = next_token_loss(logits, targets)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip)
     optimizer.step()
     return loss.detach()
+
+def training_step(module: nn.Module, optimizer: torch.optim.Optimizer, batch: Int[Tensor, "batch n_ctx_plus_1"], lr: float, grad_clip: float,
+                  autocast: bool) -> Tensor:
+    "One optimiser step on `batch`; returns the loss before it (nats a token)."
+    import torch
+    inputs, targets = inputs_and_targets(batch.to(next(module.parameters()).device, non_blocking=True))
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=autocast): logits = forward_logits(module, inputs)
+    return optimizer_step(module, optimizer, next_token_loss(logits, targets), lr, grad_clip)
 
 # %% ../nbs/05_training.ipynb #c155ff3d
 def run_dir(recipe: Recipe, seed: int) -> Path:
@@ -309,7 +314,7 @@ def run_dir(recipe: Recipe, seed: int) -> Path:
     key = seed_for(json.dumps(values, sort_keys=True), *own_text)
     return cache_dir("training", f"{recipe.name}-{key % 16**8:08x}", f"seed{seed}")
 
-def _save_checkpoint(path: Path, run: _Run) -> None:
+def _save_checkpoint(path: Path, run: Run) -> None:
     "The whole state of `run`; serialised first, so that a full disk is met by `atomic_path`."
     import torch
     buffer = io.BytesIO()
@@ -328,7 +333,7 @@ def _read_checkpoint(path: Path) -> dict | None:
         raise InputError("checkpoint", str(path), f"lacks {', '.join(lacking) if isinstance(state, dict) else 'everything'}; delete it to train from the start")
     return state
 
-def _load_checkpoint(path: Path, run: _Run) -> None:
+def _load_checkpoint(path: Path, run: Run) -> None:
     "Put the state saved at `path`, if there is one, into `run`."
     if (state := _read_checkpoint(path)) is None: return
     try:
@@ -379,7 +384,7 @@ def _kept(recipe: Recipe, log: Sequence[dict]) -> dict[str, dict]:
     kept = {"best": min(log, key=lambda entry: entry["validation_loss"])}
     return kept | {"early": min(log, key=lambda entry: abs(entry["validation_accuracy"] - 0.5))} if recipe.wordings else kept
 
-def _evaluation(run: _Run) -> dict:
+def _evaluation(run: Run) -> dict:
     "Loss of a run on the validation rows at its present step and, of sums, how many are right."
     loss, exact = validation(run.module, run.rows)
     if not math.isfinite(loss): raise InputError("recipe", run.recipe.name, f"the loss is {loss} at step {run.step}; try a lower learning rate")
@@ -388,7 +393,7 @@ def _evaluation(run: _Run) -> dict:
 
 # %% ../nbs/05_training.ipynb #30f2ad14
 @dataclass
-class _Run:
+class Run:
     "A training in progress."
     recipe: Recipe
     seed: int
@@ -405,13 +410,9 @@ class _Run:
 
     def advance(self) -> None:
         "One optimiser step, and the snapshot that is due before it."
-        recipe, began = self.recipe, time.monotonic()
+        began = time.monotonic()
         self.snapshot()
-        batch = training_batch(recipe, self.train_tokens, self.seed, self.step)
-        amp = mixed_precision(self.device) and recipe.architecture["class"] != "attention_only"
-        with seeded("step", self.seed, self.step):
-            loss = training_step(self.module, self.optimizer, batch, learning_rate(recipe, self.step), recipe.grad_clip, amp)
-        self.losses.append(loss.item())
+        with seeded("step", self.seed, self.step): self.losses.append(self.update().item())
         self.step += 1
         self.seconds += time.monotonic() - began
 
@@ -420,19 +421,28 @@ class _Run:
 
     def evaluate(self) -> dict:
         "Log an evaluation, and save the weights if they are among those to keep."
-        self.log.append(_evaluation(self))
+        self.log.append(self.evaluation())
         for name, entry in _kept(self.recipe, self.log).items():
             if entry is self.log[-1]: _save_weights(self.folder / f"{name}.safetensors", self.module)
         self.losses = []
         return self.log[-1]
 
+# %% ../nbs/05_training.ipynb #ac932853
+def _update(self: Run) -> Float[Tensor, ""]:
+    "One optimiser step; the loss before it."
+    recipe, batch = self.recipe, training_batch(self.recipe, self.train_tokens, self.seed, self.step)
+    amp = mixed_precision(self.device) and recipe.architecture["class"] != "attention_only"
+    return training_step(self.module, self.optimizer, batch, learning_rate(recipe, self.step), recipe.grad_clip, amp)
+
+Run.update, Run.evaluation = _update, _evaluation
+
 # %% ../nbs/05_training.ipynb #1790fa6a
-def _finished(run: _Run) -> bool:
+def _finished(run: Run) -> bool:
     "Whether all steps are done, or the last `patience` of them brought no lower validation loss."
     best = min(run.log, key=lambda entry: entry["validation_loss"], default=None)
     return run.step == run.recipe.steps or best is not None and run.recipe.patience is not None and run.log[-1]["step"] - best["step"] >= run.recipe.patience
 
-def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedTokenizerFast]:
+def _start(recipe: Recipe, seed: int, device: str) -> tuple[Run, PreTrainedTokenizerFast]:
     "A run at its last checkpoint, or at step 0."
     text = load_text(recipe.corpus) if recipe.corpus else PROBLEM_ALPHABET if recipe.wordings else ALPHABET
     tokenizer = char_tokenizer(text)
@@ -445,7 +455,7 @@ def _start(recipe: Recipe, seed: int, device: str) -> tuple[_Run, PreTrainedToke
         use_byte_dropout(module)
         if mixed_precision(device): use_float32_attention(module)
     module.train()
-    run = _Run(recipe, seed, module, _optimizer(module, recipe), tokens[0], validation_rows(recipe, tokens[1]), run_dir(recipe, seed), device)
+    run = Run(recipe, seed, module, optimizer_for(module, recipe), tokens[0], validation_rows(recipe, tokens[1]), run_dir(recipe, seed), device)
     _load_checkpoint(run.folder / "checkpoint.pt", run)
     return run, tokenizer
 
@@ -454,7 +464,7 @@ def _early_folder(out: Path) -> Path:
     "Where the early self of a model of sums goes."
     return out.with_name(f"{out.name}-early")
 
-def _write_model(run: _Run, tokenizer: PreTrainedTokenizerFast, name: str, entry: dict, out: Path) -> dict:
+def _write_model(run: Run, tokenizer: PreTrainedTokenizerFast, name: str, entry: dict, out: Path) -> dict:
     "Write the weights that a finished run kept as `name` at the evaluation `entry` to `out`; returns what `training.json` says."
     from mechinterp_lib.core import _version
     module = load_weights(run.folder / f"{name}.safetensors", new_model(run.recipe.architecture, run.seed))
@@ -467,28 +477,19 @@ def _write_model(run: _Run, tokenizer: PreTrainedTokenizerFast, name: str, entry
     save_model(module, tokenizer, out, training=record)
     return record
 
-def _finish(run: _Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
+def _finish(run: Run, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
     "Write the models that a finished run kept: the best to `out`, an early one beside it; returns what `training.json` says of the best."
     kept = _kept(run.recipe, run.log)
     if "early" in kept: _write_model(run, tokenizer, "early", kept["early"], _early_folder(out))
     return _write_model(run, tokenizer, "best", kept["best"], out)
 
-# %% ../nbs/05_training.ipynb #b1c6c5df
-def model_dir(recipe: Recipe, seed: int) -> Path:
-    "Where the finished model of a run goes unless another folder is named: `models/NAME/seedN`."
-    return home() / "models" / recipe.name / f"seed{seed}"
-
-def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: str | None = None, until: int | None = None,
-          checkpoint_every: int = 50, progress: bool | None = None) -> dict | None:
-    "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); a model of sums also leaves its early self in `OUT-early`. `until` stops early, without writing a model, and returns None, unless the recipe's patience ended the run before."
+# %% ../nbs/05_training.ipynb #dc94badd
+def run_to(run: Run, goal: int, checkpoint_every: int = 50, progress: bool | None = None) -> bool:
+    "Train until step `goal`, or until the recipe's patience ends the run; whether it is finished. Its state is kept in its folder every `checkpoint_every` steps."
     from tqdm import tqdm
-    folder = check_model_folder(out or model_dir(recipe, seed))
-    goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
-    if recipe.wordings: check_model_folder(_early_folder(folder))
-    run, tokenizer = _start(recipe, seed, pick_device(device))
-    began, first = time.monotonic(), run.step
+    recipe, began, first = run.recipe, time.monotonic(), run.step
     if run.step and not _finished(run) and progress is not False: print(f"going on from step {run.step} of {recipe.steps}", flush=True)
-    with tqdm(total=recipe.steps, initial=run.step, unit="step", disable=None if progress is None else not progress, desc=f"{recipe.name}/seed{seed}") as bar:
+    with tqdm(total=recipe.steps, initial=run.step, unit="step", disable=None if progress is None else not progress, desc=f"{recipe.name}/seed{run.seed}") as bar:
         while run.step < goal and not _finished(run):
             run.advance()
             if run.step % recipe.eval_every == 0 or run.step == recipe.steps:
@@ -500,4 +501,18 @@ def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: s
                 bar.set_postfix(loss=f"{run.losses[-1] if run.losses else entry['train_loss']:.3f}", tokens_per_s=f"{speed:,.0f}")
             bar.update()
     run.snapshot()
-    return _finish(run, tokenizer, folder) if _finished(run) else None
+    return _finished(run)
+
+# %% ../nbs/05_training.ipynb #b1c6c5df
+def model_dir(recipe: Recipe, seed: int) -> Path:
+    "Where the finished model of a run goes unless another folder is named: `models/NAME/seedN`."
+    return home() / "models" / recipe.name / f"seed{seed}"
+
+def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: str | None = None, until: int | None = None,
+          checkpoint_every: int = 50, progress: bool | None = None) -> dict | None:
+    "Train (or go on training) and write the model to `out` (default: `model_dir(recipe, seed)`); a model of sums also leaves its early self in `OUT-early`. `until` stops early, without writing a model, and returns None, unless the recipe's patience ended the run before."
+    folder = check_model_folder(out or model_dir(recipe, seed))
+    goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
+    if recipe.wordings: check_model_folder(_early_folder(folder))
+    run, tokenizer = _start(recipe, seed, pick_device(device))
+    return _finish(run, tokenizer, folder) if run_to(run, goal, checkpoint_every, progress) else None
