@@ -249,11 +249,15 @@ def train_shapes(seed: int, out: str | Path | None = None, *, recipe: ShapesReci
     save_model(kept, shapes_tokenizer(), folder, training=record, more={"processor_config.json": PROCESSOR, "tokenizer_config.json": TOKENIZER})
     return record
 
-# %% ../nbs/18_shapes.ipynb #629a4ecc
-def right_answers(module: nn.Module, draw: torch.Generator, each: int = 100) -> pd.DataFrame:
-    "How many of `each` new pictures of every triple a plain module answers rightly, by `colour`, `shape`, `place` (of the target), `held` and `question`; and `count`, by the colour counted and the right number."
+# %% ../nbs/18_shapes.ipynb #3256a8de
+def right_answers(module: nn.Module, draw: torch.Generator, each: int = 100, shuffled: bool = False) -> pd.DataFrame:
+    "How many of `each` new pictures of every triple a plain module answers rightly, by `colour`, `shape`, `place` (of the target), `held` and `question`; and `count`, by the colour counted and the right number. `shuffled`: each question is asked of another scene's picture."
     import pandas as pd, torch
     rows = []
+    def shown(scenes: Scenes) -> Float[Tensor, "scene channel y x"]:
+        "The pictures."
+        pixels = draw_pictures(scenes, draw).inputs
+        return pixels[torch.randperm(len(pixels), generator=draw)] if shuffled else pixels
     def note(scenes: Scenes, question: str, cells: Sequence[tuple]) -> None:
         "Ask, and write down what was right, cell by cell."
         prompts, answers = ask(scenes, question)
@@ -262,10 +266,10 @@ def right_answers(module: nn.Module, draw: torch.Generator, each: int = 100) -> 
         rows.append(frame.groupby(["question", "colour", "shape", "place"], sort=False, dropna=False).sum().reset_index())
     names, target = list(COLOURS), triples("all").repeat_interleave(each, 0)
     scenes = draw_scenes(target, draw)
-    pictures = draw_pictures(scenes, draw).inputs
+    pictures = shown(scenes)
     for question in QUESTIONS[:3]: note(scenes, question, [(names[c], SHAPES[s], PLACES[p]) for c, s, p in target.tolist()])
     scenes = draw_counts(16 * each, draw)
-    pictures = draw_pictures(scenes, draw).inputs
+    pictures = shown(scenes)
     note(scenes, "count", [(names[c], "", str(k)) for c, k in zip(scenes.counted.tolist(), (scenes.colour == scenes.counted[:, None]).sum(1).tolist())])
     table, held = pd.concat(rows, ignore_index=True), {(names[c], SHAPES[s], PLACES[p]) for c, s, p in triples("held").tolist()}
     return table.assign(held=[(row.colour, row.shape, row.place) in held for row in table.itertuples()])

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 # %% auto #0
-__all__ = ['Cells', 'load_processor', 'check_inputs', 'look', 'pictures_as_words', 'picture_positions', 'is_live', 'tower_points',
-           'tower_scan']
+__all__ = ['Regions', 'load_processor', 'check_inputs', 'look', 'pictures_as_words', 'picture_positions', 'is_live',
+           'tower_points', 'region_scan', 'tower_scan']
 
 # %% ../nbs/17_vision.ipynb #d5c36052
 def load_processor(name: str | Path) -> ProcessorMixin:
@@ -130,41 +130,49 @@ def tower_points(model: TransformerBridge, inputs: Mapping[str, Any], component:
     ends = [name for name in ("vision_projector.hook_in", "vision_projector.hook_out") if component == "stream" and name in model.hook_dict]
     return [name for name in [*layers, *ends] if is_live(model, inputs, name)]
 
-# %% ../nbs/17_vision.ipynb #5f1be730
-Cells = Mapping[str, "Bool[Tensor, 'pair patch']"]
+# %% ../nbs/17_vision.ipynb #6450b57d
+Regions = Mapping[str, "Bool[Tensor, 'pair place']"]
 
-def _cells(source: Float[Tensor, "pair patch ..."], patches: Cells | None, heads: bool) -> dict[tuple, tuple]:
-    "What each cell of a scan puts in place, by name: the patches as a mask for each pair, and the head."
+def _check_regions(regions: Regions | None, n: int, places: int) -> Regions:
+    "Regions as masks of the right shape; each place by itself for None."
     import torch
-    n, width = source.shape[:2]
-    if patches is None: patches = {i: torch.arange(width).expand(n, -1) == i for i in range(width)}
-    for name, mask in patches.items():
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (n, width): raise InputError(f"patches[{name!r}]", tuple(getattr(mask, "shape", ())), f"allowed: a mask of shape {(n, width)}, a row for each pair")
-    if not heads: return {(name,): (mask, None) for name, mask in patches.items()}
-    return {(name, head): (mask, head) for name, mask in patches.items() for head in range(source.shape[2])}
+    if regions is None: return {i: torch.arange(places).expand(n, -1) == i for i in range(places)}
+    if not isinstance(regions, Mapping) or not regions: raise InputError("regions", regions, "allowed: masks by name, at least one")
+    for name, mask in regions.items():
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != (n, places): raise InputError(f"regions[{name!r}]", tuple(getattr(mask, "shape", ())), f"allowed: a boolean mask of shape {(n, places)}, a row for each pair")
+    return regions
 
-def _put(old: Tensor, source: Tensor, mask: Bool[Tensor, "pair patch"], head: int | None) -> Tensor:
+def _put(old: Tensor, source: Tensor, mask: Bool[Tensor, "pair place"], head: int | None) -> Tensor:
     "`old` with the source's values where the mask says, in one head or in all."
     new, mask = old.clone(), mask.to(old.device)
     if head is None: new[mask] = source[mask].to(new)
     else: new[:, :, head][mask] = source[:, :, head][mask].to(new)
     return new
 
-def tower_scan(model: TransformerBridge, clean: Mapping[str, Any], corrupted: Mapping[str, Any], metric: Metric | Callable, *, component: str = "stream", patches: Cells | None = None, direction: str = "denoise") -> Scan:
-    """Patch a component of the vision tower from the run of one picture into that of another, patch by patch, or at the `patches` of each named mask `[pair, patch]`; head by head for `z`. `clean` and `corrupted` are a processor's inputs of the pairs, `metric` is asked of the logits. "denoise" patches the clean
-    activations into the corrupted run, "noise" the other way. A pass of the whole model over all pairs for each cell. Axes: pair, layer (where in the tower), patch, head."""
+def _place_name(point: str) -> str:
+    "The layer of a hook in the tower or the decoder, or which side of the projector."
+    found = re.search(r"(?:encoder_layers|blocks)[.](\d+)[.]", point)
+    return found[1] if found else point.removeprefix("vision_").replace(".hook_", " ")
+
+def region_scan(model: TransformerBridge, clean: Mapping[str, Any], corrupted: Mapping[str, Any], metric: Metric | Callable, points: Sequence[str], regions: Regions | None = None, *, heads: bool = False, direction: str = "denoise") -> Scan:
+    """Patch the activations at hooks (`points`, `[pair, place, ...]`) from the run of one prompt with a picture into that of another, at the places of each named mask of `regions` `[pair, place]` (None: place by place), in all heads or (`heads`) head by head. `clean` and `corrupted` are a processor's inputs of the pairs, `metric` is asked of the
+    logits. "denoise" patches the clean activations into the corrupted run, "noise" the other way. A pass of the whole model over all pairs for each cell. Axes: pair, layer, pos (the region), head."""
     import torch
     check_model(model), check_choice("direction", direction, ["denoise", "noise"])
-    clean, corrupted = check_inputs(model, clean, "clean"), check_inputs(model, corrupted, "corrupted")
+    clean, corrupted, points = check_inputs(model, clean, "clean"), check_inputs(model, corrupted, "corrupted"), check_names(model, "points", points)
     if clean["input_ids"].shape != corrupted["input_ids"].shape or clean["pixel_values"].shape != corrupted["pixel_values"].shape: raise InputError("corrupted", tuple(corrupted["input_ids"].shape), f"prompts and pictures of the shapes of clean are needed: {tuple(clean['input_ids'].shape)}, {tuple(clean['pixel_values'].shape)}")
-    points = tower_points(model, clean, component)
     (on_clean, of_clean), (on_corrupted, of_corrupted) = (look(model, inputs, points) for inputs in (clean, corrupted))
     base, source = (corrupted, of_clean) if direction == "denoise" else (clean, of_corrupted)
-    cells, patched = _cells(source[points[0]], patches, component == "z"), []
+    first = source[points[0]]
+    regions, patched = _check_regions(regions, *first.shape[:2]), []
     for point in points:
-        for mask, head in cells.values():
-            with replaced(model, {point: partial(_put, source=source[point], mask=mask, head=head)}): patched.append(metric(look(model, base)[0]))
-    axes = {"layer": [point.split(".")[2] if ".encoder_layers." in point else point.removeprefix("vision_").replace(".hook_", " ") for point in points], "pos": list(dict.fromkeys(name[0] for name in cells))}
-    if component == "z": axes["head"] = sorted({name[1] for name in cells})
+        for mask in regions.values():
+            for head in range(first.shape[2]) if heads else [None]:
+                with replaced(model, {point: partial(_put, source=source[point], mask=mask, head=head)}): patched.append(metric(look(model, base)[0]))
+    axes = {"layer": list(map(_place_name, points)), "pos": list(regions)} | ({"head": list(range(first.shape[2]))} if heads else {})
     shaped = torch.stack(patched, 1).view(-1, *map(len, axes.values()))
-    return Scan(f"tower {component}", direction, getattr(metric, "name", "metric"), getattr(metric, "unit", ""), axes, shaped, metric(on_clean), metric(on_corrupted))
+    return Scan("regions", direction, getattr(metric, "name", "metric"), getattr(metric, "unit", ""), axes, shaped, metric(on_clean), metric(on_corrupted))
+
+def tower_scan(model: TransformerBridge, clean: Mapping[str, Any], corrupted: Mapping[str, Any], metric: Metric | Callable, *, component: str = "stream", regions: Regions | None = None, direction: str = "denoise") -> Scan:
+    "`region_scan` of a component of the vision tower (`stream`, `z`, `attn_out`, `mlp_out`) at all of its live hooks; head by head for `z`."
+    return region_scan(model, clean, corrupted, metric, tower_points(model, clean, component), regions, heads=component == "z", direction=direction)
