@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
-EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models"}      # and what their findings are headed
+EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language"}      # and what their findings are headed
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'read_for',
@@ -48,10 +48,14 @@ def cmd_models(args: argparse.Namespace) -> int:
 
 def cmd_train(args: argparse.Namespace) -> int:
     "Train a model, or go on with a training that was stopped."
-    from mechinterp_lib.training import load_recipe, model_dir, steps_done, train
-    recipe = load_recipe(args.recipe)
+    from mechinterp_lib.shapes import SHAPES_RECIPE, train_shapes
+    from mechinterp_lib.training import load_recipe, model_dir, recipes, steps_done, train
+    shapes = args.recipe == SHAPES_RECIPE.name
+    if not str(args.recipe).endswith(".json"): check_choice("recipe", args.recipe, [*recipes(), SHAPES_RECIPE.name])
+    recipe = SHAPES_RECIPE if shapes else load_recipe(args.recipe)
     out = args.out or model_dir(recipe, args.seed)
-    record = train(recipe, args.seed, out, device=args.device, until=args.until)
+    if shapes and args.device not in (None, "cpu"): raise InputError("device", args.device, f"{recipe.name} is trained on the processor; allowed: cpu")
+    record = train_shapes(args.seed, out, until=args.until) if shapes else train(recipe, args.seed, out, device=args.device, until=args.until)
     if record is None: print(f"stopped at step {steps_done(recipe, args.seed)} of {recipe.steps}; without --until, the same command goes on from there")
     else: print(f"{out}: validation loss {record['validation_loss']:.4f} nats/token, best at step {record['best_step']}, {record['seconds']:.0f} s")
     return 0

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ['ALPHABET', 'SNAPSHOTS', 'Recipe', 'gpt2', 'recipes', 'load_recipe', 'learning_rate', 'optimizer_for', 'd_vocab',
            'mixed_precision', 'use_float32_attention', 'use_byte_dropout', 'sums_of', 'problem_rows',
            'inputs_and_targets', 'training_batch', 'validation_rows', 'next_token_loss', 'validation',
-           'validation_loss', 'answer_scores', 'right_shares', 'optimizer_step', 'training_step', 'run_dir',
+           'validation_loss', 'answer_scores', 'right_shares', 'optimizer_step', 'training_step', 'run_dir', 'resume',
            'steps_done', 'load_weights', 'snapshot_path', 'kept_steps', 'snapshots', 'Run', 'run_to', 'model_dir',
            'train']
 
@@ -333,8 +333,9 @@ def _read_checkpoint(path: Path) -> dict | None:
         raise InputError("checkpoint", str(path), f"lacks {', '.join(lacking) if isinstance(state, dict) else 'everything'}; delete it to train from the start")
     return state
 
-def _load_checkpoint(path: Path, run: Run) -> None:
-    "Put the state saved at `path`, if there is one, into `run`."
+def resume(run: Run) -> None:
+    "Put the state that a run's folder keeps, if there is one, into `run`; an `InputError` where it is damaged or of another recipe."
+    path = run.folder / "checkpoint.pt"
     if (state := _read_checkpoint(path)) is None: return
     try:
         run.module.load_state_dict(state["model"]); run.optimizer.load_state_dict(state["optimizer"])
@@ -342,6 +343,7 @@ def _load_checkpoint(path: Path, run: Run) -> None:
     except Exception as error:
         raise InputError("checkpoint", str(path), f"does not fit the recipe ({' '.join(str(error).split())[:160]}); delete it to train from the start") from error
 
+# %% ../nbs/05_training.ipynb #216ae1b7
 def steps_done(recipe: Recipe, seed: int) -> int:
     "The step of the last checkpoint of a run; 0 where there is none."
     state = _read_checkpoint(run_dir(recipe, seed) / "checkpoint.pt")
@@ -456,7 +458,7 @@ def _start(recipe: Recipe, seed: int, device: str) -> tuple[Run, PreTrainedToken
         if mixed_precision(device): use_float32_attention(module)
     module.train()
     run = Run(recipe, seed, module, optimizer_for(module, recipe), tokens[0], validation_rows(recipe, tokens[1]), run_dir(recipe, seed), device)
-    _load_checkpoint(run.folder / "checkpoint.pt", run)
+    resume(run)
     return run, tokenizer
 
 # %% ../nbs/05_training.ipynb #0255586d

@@ -130,7 +130,7 @@ def tower_points(model: TransformerBridge, inputs: Mapping[str, Any], component:
     ends = [name for name in ("vision_projector.hook_in", "vision_projector.hook_out") if component == "stream" and name in model.hook_dict]
     return [name for name in [*layers, *ends] if is_live(model, inputs, name)]
 
-# %% ../nbs/17_vision.ipynb #6450b57d
+# %% ../nbs/17_vision.ipynb #48ac21b8
 Regions = Mapping[str, "Bool[Tensor, 'pair place']"]
 
 def _check_regions(regions: Regions | None, n: int, places: int) -> Regions:
@@ -149,6 +149,7 @@ def _put(old: Tensor, source: Tensor, mask: Bool[Tensor, "pair place"], head: in
     else: new[:, :, head][mask] = source[:, :, head][mask].to(new)
     return new
 
+# %% ../nbs/17_vision.ipynb #63f29d5e
 def _place_name(point: str) -> str:
     "The layer of a hook in the tower or the decoder, or which side of the projector."
     found = re.search(r"(?:encoder_layers|blocks)[.](\d+)[.]", point)
@@ -163,6 +164,7 @@ def region_scan(model: TransformerBridge, clean: Mapping[str, Any], corrupted: M
     if clean["input_ids"].shape != corrupted["input_ids"].shape or clean["pixel_values"].shape != corrupted["pixel_values"].shape: raise InputError("corrupted", tuple(corrupted["input_ids"].shape), f"prompts and pictures of the shapes of clean are needed: {tuple(clean['input_ids'].shape)}, {tuple(clean['pixel_values'].shape)}")
     (on_clean, of_clean), (on_corrupted, of_corrupted) = (look(model, inputs, points) for inputs in (clean, corrupted))
     base, source = (corrupted, of_clean) if direction == "denoise" else (clean, of_corrupted)
+    if not points: raise InputError("points", [], "at least one hook is needed")
     first = source[points[0]]
     regions, patched = _check_regions(regions, *first.shape[:2]), []
     for point in points:
@@ -174,5 +176,7 @@ def region_scan(model: TransformerBridge, clean: Mapping[str, Any], corrupted: M
     return Scan("regions", direction, getattr(metric, "name", "metric"), getattr(metric, "unit", ""), axes, shaped, metric(on_clean), metric(on_corrupted))
 
 def tower_scan(model: TransformerBridge, clean: Mapping[str, Any], corrupted: Mapping[str, Any], metric: Metric | Callable, *, component: str = "stream", regions: Regions | None = None, direction: str = "denoise") -> Scan:
-    "`region_scan` of a component of the vision tower (`stream`, `z`, `attn_out`, `mlp_out`) at all of its live hooks; head by head for `z`."
-    return region_scan(model, clean, corrupted, metric, tower_points(model, clean, component), regions, heads=component == "z", direction=direction)
+    "`region_scan` of a component of the vision tower (`stream`, `z`, `attn_out`, `mlp_out`) at all of its live hooks; head by head for `z`. `InputError` where the tower does not show it: of CLIP's TransformerLens shows the stream alone."
+    points = tower_points(model, clean, component)
+    if not points: raise InputError("component", component, "TransformerLens shows nothing of this tower but its stream")
+    return region_scan(model, clean, corrupted, metric, points, regions, heads=component == "z", direction=direction)
