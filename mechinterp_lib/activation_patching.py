@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Iterator,
 
 from .core import PICTURES, InputError, check_choice, check_number, check_range, check_suffix, generator, write_text
 from .data import encode
-from .interventions import COMPONENTS, MEMORY, Edit, Replay, capture, check_model, check_read, check_tokens, each_edit, head_weights, hook_name, position_first, replaced
+from .interventions import COMPONENTS, MEMORY, Edit, Replay, capture, check_model, check_read, check_tokens, each_edit, head_changes, hook_name, position_first, replaced
 from .models import head_label, parse_head, token_ids, token_names
 from .statistics import map_intervals
 
@@ -719,9 +719,8 @@ def sender_changes(pairs: Pairs, senders: Mapping[str, Sequence[Part]], some: In
     for layer in sorted({part.layer for parts in senders.values() for part in parts if part.head is not None}):
         heads = {i: found for i, parts in enumerate(senders.values()) if (found := [part for part in parts if part.head is not None and part.layer == layer])}
         z = pairs.source("z", layer)[some]
-        if (own := head_weights(pairs.replay, "o", layer) if "attn_out" in pairs.replay.kept else None) is not None:
-            moved = torch.einsum("pthn,hnw->hptw", z - pairs.base("z", layer)[some], own[0])
-            for i, parts in heads.items(): changes[i] += sum(moved[part.head] for part in parts)
+        if (moved := head_changes(pairs.replay, layer, z, pairs.base("z", layer)[some]) if "attn_out" in pairs.replay.kept else None) is not None:
+            for i, parts in heads.items(): changes[i] += sum(moved[:, :, part.head] for part in parts)
             continue
         edits = [put_part(part, torch.arange(n) + k * n, z) for k, parts in enumerate(heads.values()) for part in parts]
         changes[list(heads)] += pairs.replay.activation(edits, "attn_out", layer, some.repeat(len(heads))).unflatten(0, (len(heads), n)) - pairs.base("attn_out", layer)[some]

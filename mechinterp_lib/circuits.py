@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, has_component, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
 from .activation_patching import find_circuit as find_by_paths
 from .core import InputError, check_choice, check_number, check_range, generator
-from .interventions import MEMORY, Edit, check_model, differentiable_run, head_weights, heads_alone, tolerance
+from .interventions import MEMORY, Edit, check_model, differentiable_run, head_changes, head_weights, heads_alone, tolerance
 from .models import head_label
 from .statistics import auroc, map_intervals
 
@@ -157,7 +157,7 @@ def graph_pairs(model: TransformerBridge, graph: Graph, task: Task, direction: s
     return pairs
 
 def _check_adds_up(pairs: Pairs) -> None:
-    "An `InputError` where attention is not the sum of its heads, or the stream not that of its parts: a norm stands behind them. One prompt is looked at."
+    "An `InputError` where attention is not the sum of its heads, or the stream not that of its parts. One prompt is looked at."
     model, stream = pairs.replay.model, pairs.base("resid_pre", 0)[0].clone()
     for layer in range(model.cfg.n_layers):
         own, constant = heads_alone(pairs.replay, layer, [0])
@@ -169,7 +169,7 @@ def _check_adds_up(pairs: Pairs) -> None:
 def _refuse_difference(model: TransformerBridge, ours: Tensor, theirs: Tensor) -> None:
     "An `InputError` where two streams differ by more than a thousandth."
     error = ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)).item()
-    if not error <= max(1e-3, tolerance(theirs)): raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): a norm stands behind its attention or MLP")
+    if not error <= max(1e-3, tolerance(theirs)): raise InputError("model", type(model.original_model).__name__, f"its nodes do not add up to its stream (off by {error:.0e} of it): what stands behind its attention or MLP cannot be divided among them")
 
 def _check_all_edges(pairs: Pairs, graph: Graph) -> bool:
     "An `InputError` where all edges together do not give the metric of the run that they come from: what a head reads is not where we put it. The pair whose runs differ most is looked at; whether they differ enough to show anything."
@@ -240,7 +240,7 @@ ABLATIONS = ("corrupted", "mean", "zero")
 class Runner(_Moves):
     """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, or bool nodes `[circuit, sender]`, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model, `empty` that without any edge. `ablation`: what an absent edge carries, the sender's output in
     the "corrupted" run, its "mean" over the corrupted prompts, position by position, or "zero". `memory`: bytes that the circuits of a batch may take, roughly; one circuit on all pairs, and what each sender writes on them once (twice for other ablations than "corrupted"), is the least. `InputError` for a model
-    in which a layer's attention is not the sum of its heads (a norm after it)."""
+    in which a layer's attention is not the sum of its heads. The norm behind attention (Gemma 2) is divided among heads at the scale that it takes for all of them: one that moves moves the others' share."""
     def __init__(self, model: TransformerBridge, task: Task, memory: int = MEMORY, ablation: str = "corrupted"):
         self.graph, self.memory, self.ablation = model_graph(model), memory, check_choice("ablation", ablation, ABLATIONS)
         self.pairs = graph_pairs(model, self.graph, as_task(model, task), "denoise", memory)
@@ -396,9 +396,7 @@ def _made_alone(state: _State, part: str, layer: int, heads: list[int], streams:
 def _written_alone(state: _State, layer: int, heads: list[int], z: Float[Tensor, "row late head d_head"]) -> Float[Tensor, "row late sender d_model"]:
     "How far what heads write has moved."
     import torch
-    if (own := head_weights(state.pairs.replay, "o", layer)) is not None:
-        moved = z - state.base("z", layer).repeat(len(state.masks), 1, 1, 1)
-        return torch.einsum("rphn,hnw->rphw", moved[:, :, heads], own[0][heads])
+    if (moved := head_changes(state.pairs.replay, layer, z, state.base("z", layer).repeat(len(state.masks), 1, 1, 1), heads)) is not None: return moved
     alone = _late_edit(state, "z", layer, torch.cat([z[:, :, head] for head in heads]))
     alone = replace(alone, head=torch.tensor(heads).repeat_interleave(len(alone.rows) // len(heads)))
     out = state.pairs.replay.activation([alone], "attn_out", layer, state.prompts.repeat(len(heads)))[:, state.start:].unflatten(0, (len(heads), -1))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'check_names', 'capture',
            'dataset_rows', 'replaced', 'Edit', 'position_first', 'each_edit', 'naive_run', 'Replay', 'tolerance',
-           'check_read', 'heads_alone', 'head_weights', 'differentiable_run', 'norm_gain']
+           'check_read', 'heads_alone', 'head_weights', 'head_changes', 'differentiable_run', 'norm_gain']
 
 # %% ../nbs/06_interventions.ipynb #2240d37e
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
@@ -1337,14 +1337,19 @@ def _activation(replay: Replay, edits: Iterable[Edit], component: str, layer: in
 Replay.activation = _activation
 
 # %% ../nbs/06_interventions.ipynb #8a18d162
+def _norm_behind(model: TransformerBridge, layer: int) -> nn.Module | None:
+    "The norm through which a layer's attention joins the stream (Gemma 2), or None."
+    return getattr(getattr(model.blocks[layer], "ln1_post", None), "original_component", None)
+
 def heads_alone(replay: Replay, layer: int, prompts: Sequence[int] | None = None) -> tuple[Float[Tensor, "head prompt pos d_model"], Float[Tensor, "prompt pos d_model"]]:
-    "What each head of a layer writes, and the constant that attention adds without any, in some of the prompts (None: all); they add up to `attn_out` unless a norm stands behind them. `InputError` for a replay that has not kept `z`, or a layer or prompt that is not there."
+    "What each head of a layer writes, and the constant that attention adds without any, in some of the prompts (None: all); they add up to `attn_out` (where a norm stands behind attention that cannot be divided among heads, they do not). `InputError` for a replay that has not kept `z`, or a layer or prompt that is not there."
     import torch
     if "z" not in replay.kept: raise InputError("replay", list(replay.kept), "it must keep z: Replay(..., keep=['z'])")
     check_range("layer", layer, 0, replay.n_layers)
     which = torch.tensor([check_range("prompts", prompt, 0, replay.batch) for prompt in (range(replay.batch) if prompts is None else prompts)], dtype=torch.long)
     if not len(which): raise InputError("prompts", prompts, "at least one is needed")
     z = replay.kept["z"][layer][which.to(replay.tokens.device)]
+    if _norm_behind(replay.model, layer) is not None and (written := head_changes(replay, layer, z)) is not None: return written.movedim(2, 0), torch.zeros_like(written[:, :, 0])
     alone = z * torch.eye(z.shape[2] + 1, z.shape[2]).to(z)[:, None, None, :, None]
     out = replay.activation([Edit("z", layer, torch.arange(alone[:, :, 0, 0, 0].numel()), alone.flatten(0, 1))], "attn_out", layer, which.repeat(len(alone))).unflatten(0, alone.shape[:2])
     return out[:-1] - out[-1], out[-1]
@@ -1361,12 +1366,33 @@ def head_weights(replay: Replay, part: str, layer: int) -> tuple[Float[Tensor, "
     wanted, weight = replay.kept["attn_out" if part == "o" else part][layer][:, -1], weight.detach()
     bias = torch.zeros_like(wanted[0]) if bias is None else bias.detach()
     if mark in replay.known.components: return weight, bias
-    if part == "o": made = torch.einsum("phn,hnw->pw", replay.kept["z"][layer][:, -1], weight)
-    else: made = torch.einsum("pw,hwn->phn", norm(replay.kept["resid_pre"][layer][:, -1]), weight)
-    if made.shape != wanted.shape or not (made + bias - wanted).abs().max() <= tolerance(wanted) * wanted.abs().max(): return None
+    if part == "o": made = torch.einsum("phn,hnw->pw", replay.kept["z"][layer][:, -1], weight) + bias
+    else: made = torch.einsum("pw,hwn->phn", norm(replay.kept["resid_pre"][layer][:, -1]), weight) + bias
+    if part == "o" and (behind := _norm_behind(replay.model, layer)) is not None: made = behind(made).detach()
+    if made.shape != wanted.shape or not (made - wanted).abs().max() <= tolerance(wanted) * wanted.abs().max(): return None
     replay.known.components.add(mark)                                                           # true for prompts of this shape, as long as the model stays as it is
     return weight, bias
 
+
+# %% ../nbs/06_interventions.ipynb #5f00376d
+def head_changes(replay: Replay, layer: int, z: Float[Tensor, "row pos head d_head"], before: Float[Tensor, "row pos head d_head"] | None = None, heads: Sequence[int] | None = None) -> Float[Tensor, "row pos chosen d_model"] | None:
+    "How far what a layer's `heads` (None: all) add to the stream moves when the heads find `z` instead of `before` (None: nothing); where a norm stands behind attention, each at the scale that the norm takes for all heads together. None where `head_weights` is, or where that norm is more than a scale."
+    import torch
+    if (own := head_weights(replay, "o", layer)) is None: return None
+    (weight, bias), behind, chosen = own, _norm_behind(replay.model, layer), slice(None) if heads is None else list(heads)
+    if behind is None: return torch.einsum("rphn,hnw->rphw", (z if before is None else z - before)[:, :, chosen], weight[chosen])
+    if bias.any(): return None
+    with torch.no_grad(): gain = behind(torch.full_like(bias, 1e3))                              # so large that its epsilon does not count
+    def written(found: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos chosen d_model"] | None:
+        "What the chosen heads add."
+        parts = torch.einsum("rphn,hnw->rphw", found, weight) * gain
+        whole = parts.sum(2)
+        with torch.no_grad(): out = behind(whole / gain)
+        scale = (out * whole).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        if not (whole * scale - out).abs().max() <= 10 * tolerance(out) * out.abs().max(): return None
+        return parts[:, :, chosen] * scale[:, :, None]
+    after, earlier = written(z), None if before is None else written(before)
+    return after if before is None or after is None or earlier is None else after - earlier
 
 # %% ../nbs/06_interventions.ipynb #52102301
 def differentiable_run(replay: Replay, stream: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, "row"], places: Sequence[tuple[str, int]], read: int | Sequence[int] | Int[Tensor, "..."] | None = None,

@@ -436,7 +436,7 @@ def _frozen_norm(model: TransformerBridge, total: Float[Tensor, "batch d_model"]
     return lambda part: linear(part) * scale, bias
 
 def stream_contributions(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None = None, position: int = -1) -> tuple[dict[str, Float[Tensor, "batch d_model"]], Float[Tensor, "batch d_model"], Float[Tensor, "batch d_vocab"]]:
-    "What each part adds to the stream at `position`: `embed`, heads, `layer_L_attn_bias` where attention adds a constant, `layer_L_mlp`; their sum, the last stream; and the logits there. Where a norm stands behind attention, heads cannot be told apart and `layer_L_attn` stands for all."
+    "What each part adds to the stream at `position`: `embed`, heads, `layer_L_attn_bias` where attention adds a constant, `layer_L_mlp`; their sum, the last stream; and the logits there. Where attention cannot be divided among heads, `layer_L_attn` stands for all."
     last = model.cfg.n_layers - 1
     both = has_component(model, "mlp_out")
     replay = Replay(model, tokens, keep=["resid_pre", "resid_post", "z", "attn_out", *(["mlp_out"] if both else [])], attention_mask=mask)

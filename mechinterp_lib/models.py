@@ -504,7 +504,7 @@ def import_llama2c(path: str | Path, vocab: str | Path) -> tuple[LlamaForCausalL
     return module, tokenizer
 
 # %% ../nbs/04_models.ipynb #a976cc60
-_WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*"]
+_WANTED = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*processor_config.json"]
 
 def _cached(name: str) -> Path | None:
     "The folder of a hub model that has been downloaded, whole; else None."
@@ -609,7 +609,7 @@ MODEL_FAMILIES = [
     Family("Mistral", "mistralai/Mistral-7B-v0.1", "MistralForCausalLM"),
     Family("Qwen2.5", "Qwen/Qwen2.5-3B", "Qwen2ForCausalLM"),
     Family("Qwen3", "Qwen/Qwen3-8B", "Qwen3ForCausalLM"),
-    Family("Gemma 2", "google/gemma-2-9b", "Gemma2ForCausalLM", edges="refused: a norm stands behind attention and MLPs"),
+    Family("Gemma 2", "google/gemma-2-9b", "Gemma2ForCausalLM"),
     Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite", "DeepseekV2ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts"),
     Family("DeepSeek-V3", "a checkpoint in 16 or 32 bits", "DeepseekV3ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts")]
 

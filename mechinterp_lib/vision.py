@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 __all__ = ['Regions', 'load_processor', 'check_inputs', 'look', 'pictures_as_words', 'picture_positions', 'is_live',
            'tower_points', 'region_scan', 'tower_scan']
 
-# %% ../nbs/17_vision.ipynb #d5c36052
+# %% ../nbs/17_vision.ipynb #c94412b7
 def load_processor(name: str | Path) -> ProcessorMixin:
-    "The processor that lies beside a model's weights: of a shipped model, or in a folder. `InputError` where there is none, or where it cannot be opened."
+    "The processor that lies beside a model's weights, named as for `load_model`: of a shipped model, in a folder, or on the hub. `InputError` where there is none, or where it cannot be opened."
     from transformers import AutoProcessor
     folder = home() / "models" / shipped if (shipped := shipped_name(name)) else Path(name).expanduser()
-    if not any((folder / file).is_file() for file in ("processor_config.json", "preprocessor_config.json")): raise InputError("name", str(name), "allowed: a shipped model or a folder with a processor_config.json in it")
-    try: return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("processor_config.json", "preprocessor_config.json")): raise InputError("name", str(name), "there is no processor_config.json in this folder, so it is no model that reads pictures")
+    try: return AutoProcessor.from_pretrained(folder if folder.is_dir() else str(name))
     except Exception as error: raise InputError("name", str(name), f"its processor cannot be opened: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
 
 def check_inputs(model: TransformerBridge, inputs: Mapping[str, Any], argument: str = "inputs") -> dict[str, Any]:

@@ -161,6 +161,7 @@ def test_other_things_that_do_not_fit(model, read, tmp_path):
     with pytest.raises(InputError, match="component"): tower_points(model, asked(), "neurons")
     with pytest.raises(InputError, match="no such hook"): region_scan(model, asked(), asked(seed=1), logit_diff(model, 3, 7), ["vision_encoder.hook_nowhere"])
     with pytest.raises(InputError, match="processor_config"): load_processor(tmp_path)
+    with pytest.raises(InputError, match="cannot be opened"): load_processor("nobody/such-model")
     (tmp_path / "processor_config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be opened"): load_processor(tmp_path)
 
