@@ -570,13 +570,13 @@ def _tail(model: TransformerBridge, twin: nn.Module, made: Mapping[int, nn.Modul
     if _is_native(model):
         from transformer_lens.model_bridge.sources.native.model import apply_softcap
         return lambda resid, vocab=None: apply_softcap(_only(unembed, vocab)(norm(resid)), twin.output_logits_soft_cap)
-    name = next(name for name, child in twin._modules.items() if child is unembed)
-    body, head, stream = torch.nn.Module(), copy.copy(twin), []
+    owner, name = next((module, name) for module in twin.modules() for name, child in module._modules.items() if child is unembed)   # a language model may be part of a larger one
+    body, head, stream = torch.nn.Module(), copy.copy(owner), []
     body.forward = lambda *_, **__: _BodyOutput([norm(stream.pop())])
     def logits(resid, vocab=None):
         "The head's own forward pass, with `body` in the place of the blocks."
         stream[:] = [resid]
-        head.__dict__["_modules"] = {**twin._modules, twin.base_model_prefix: body, name: _only(unembed, vocab)}
+        head.__dict__["_modules"] = {**owner._modules, owner.base_model_prefix: body, name: _only(unembed, vocab)}
         return head(input_ids=torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device), use_cache=False).logits
     return logits
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 from .core import InputError, check_choice, check_number, check_range, home, pick_device, pick_dtype, read_json, seeded
 from .data import encode
+from .deepseek_vl import own_class, register_adapter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,13 +254,14 @@ def check_fits(name: str, count: int, device: str, dtype: Any = None, device_map
 def _load_hf(folder: Path, class_name: str, dtype, device_map: str | Mapping | None = None) -> nn.Module:
     "A Hugging Face module from a checked folder, every weight of it from the file; `device_map` spreads it over devices."
     import transformers
-    model_class = getattr(transformers, class_name, None)
+    model_class = own_class(class_name) or getattr(transformers, class_name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise InputError("path", str(folder / "config.json"), f"its class {class_name!r} is none of transformers'")
     try:
         with _quiet_transformers():
             module, info = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager", use_safetensors=True,
                                                        local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **({} if device_map is None else {"device_map": device_map}))
+    except InputError: raise
     except Exception as error: raise InputError("path", str(folder), f"transformers cannot load it: {_first_line(error)}") from error
     weights = str(folder / "model.safetensors")
     for name, stored, wanted in sorted(info["mismatched_keys"]):
@@ -313,6 +315,7 @@ def as_bridge(module: nn.Module, tokenizer: PreTrainedTokenizerFast | None = Non
     if not hasattr(module, "config"): bridge = build_bridge_from_module(module, NATIVE, tl_config=module.cfg, model_name=source, device=device)
     else:
         module.set_attn_implementation("eager")
+        register_adapter(type(module).__name__)
         try: bridge = build_bridge_from_module(module, type(module).__name__, hf_config=module.config, model_name=source, device=device)
         except ValueError as error: raise InputError("name", source, f"TransformerLens has no bridge for {type(module).__name__}: {_first_line(error)}") from error
     _give_tokenizer(bridge, tokenizer, source)
@@ -611,7 +614,9 @@ MODEL_FAMILIES = [
     Family("Qwen3", "Qwen/Qwen3-8B", "Qwen3ForCausalLM"),
     Family("Gemma 2", "google/gemma-2-9b", "Gemma2ForCausalLM"),
     Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite", "DeepseekV2ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts"),
-    Family("DeepSeek-V3", "a checkpoint in 16 or 32 bits", "DeepseekV3ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts")]
+    Family("DeepSeek-V3", "a checkpoint in 16 or 32 bits", "DeepseekV3ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts"),
+    Family("DeepSeek-VL", "deepseek-community/deepseek-vl-1.3b-chat", "DeepseekVLForConditionalGeneration"),
+    Family("DeepSeek-VL2", "deepseek-ai/deepseek-vl2-small, deepseek-vl2-tiny, deepseek-vl2", "DeepseekVLV2ForCausalLM", scans="q, k, v: a whole pass each, but in tiny", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts")]
 
 def families_table() -> pd.DataFrame:
     "A row for each family: where its models come from, their class, and whether each analysis is there."

@@ -2,6 +2,7 @@
 import warnings
 
 import pytest, torch, transformers
+from transformer_lens.model_bridge.generalized_components import MLAAttentionBridge
 
 from mechinterp_lib.activation_patching import has_component, logit_diff, patch_scan
 from mechinterp_lib.attention_analysis import categorize_attention_heads, compute_attention_stats, extract_attention
@@ -10,12 +11,15 @@ from mechinterp_lib.core import InputError, seeded
 from mechinterp_lib.interventions import COMPONENTS, Replay, each_edit, naive_run
 from mechinterp_lib.logit_lens import direct_logit_attribution, fit_tuned_lens, logit_lens
 from mechinterp_lib import models
+from mechinterp_lib.deepseek_vl import own_class
 from mechinterp_lib.models import load_model
 from mechinterp_lib.neuron_analysis import find_max_activating_examples
 from mechinterp_lib.sae import activations_at, evaluate_sae, train_sae
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, max_position_embeddings=64)
 LATENT = SIZE | dict(num_key_value_heads=4, moe_intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, n_group=1, topk_group=1)
+VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
+TILES, PROJECTOR = dict(image_size=16, patch_size=4, width=24, layers=2, heads=2), dict(input_dim=24, n_embed=32)
 FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", dict(vocab_size=50, n_positions=64, n_embd=32, n_layer=3, n_head=4)),
     "qwen2.5": ("Qwen2ForCausalLM", SIZE | dict(tie_word_embeddings=True)),
@@ -26,15 +30,23 @@ FAMILIES = {
     "deepseek-v2-lite": ("DeepseekV2ForCausalLM", LATENT | dict(q_lora_rank=None, v_head_dim=8, topk_method="greedy")),
     "deepseek-v2": ("DeepseekV2ForCausalLM", LATENT | dict(q_lora_rank=16, v_head_dim=16, topk_method="group_limited_greedy", n_group=2, topk_group=1)),
     "deepseek-v3": ("DeepseekV3ForCausalLM", LATENT | dict(q_lora_rank=16, v_head_dim=16)),
+    "deepseek-vl": ("DeepseekVLForConditionalGeneration", dict(text_config=dict(model_type="llama") | SIZE, image_token_id=50, vision_config=dict(model_type="siglip_vision_model") | VISION)),
+    "deepseek-vl2": ("DeepseekVLV2ForCausalLM", dict(language_config=LATENT | dict(q_lora_rank=None, v_head_dim=8), vision_config=TILES, projector_config=PROJECTOR)),
+    "deepseek-vl2-tiny": ("DeepseekVLV2ForCausalLM", dict(language_config=LATENT | dict(use_mla=False), vision_config=TILES, projector_config=PROJECTOR)),
 }
 T = 9
+
+
+def class_of(kind):
+    "The class itself: transformers', or the library's own."
+    return own_class(kind) or getattr(transformers, kind)
 
 
 def write(name, folder):
     "A checkpoint with random weights, large enough that every component matters, and a tokenizer with a begin token."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     kind, fields = FAMILIES[name]
-    model_class = getattr(transformers, kind)
+    model_class = class_of(kind)
     with seeded("family", name):
         module = model_class(model_class.config_class(**fields, bos_token_id=0, eos_token_id=0, pad_token_id=None))
         for weight in module.parameters(): weight.data += 0.15 * torch.randn_like(weight)
@@ -70,7 +82,7 @@ def test_every_family_is_here():
 
 
 def test_logits_and_patterns_are_those_of_transformers(folder, model):
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    plain = class_of(model.cfg.architecture).from_pretrained(folder, attn_implementation="eager").eval()
     tokens = prompts()
     with torch.no_grad(): theirs = plain(tokens, output_attentions=True)
     assert (model(tokens) - theirs.logits).abs().max() < 1e-4
@@ -97,7 +109,8 @@ def test_patch_scans_are_those_of_the_slow_loop(model, component):
             warnings.simplefilter("always")
             assert torch.allclose(patch_scan(model, clean, corrupted, component=component, layers=[layer], metric=metric).patched, slow, atol=1e-5)
         slowly = any("whole forward pass" in str(warning.message) for warning in caught)
-        assert slowly == (listed(model).neurons != "" and component in ("q", "k", "v", "post"))
+        latent = isinstance(model.blocks[0].attn, MLAAttentionBridge)
+        assert slowly == (latent and component in ("q", "k", "v") or listed(model).neurons != "" and component == "post")
 
 
 def test_the_lens_ends_at_the_logits_in_every_mode(model):
@@ -155,7 +168,7 @@ def test_heads_are_sorted(model):
 def test_half_precision(folder, model, dtype):
     half, tokens = load_model(folder, device="cpu", dtype=dtype), prompts()
     assert {weight.dtype for weight in half.parameters()} <= {getattr(torch, dtype), torch.float32}
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+    plain = class_of(model.cfg.architecture).from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     with torch.no_grad(): ours, theirs, exact = half(tokens).float(), plain(tokens).logits.float(), model(tokens)
     scale = exact.abs().max()
     assert (ours - theirs).abs().max() <= 8 * torch.finfo(getattr(torch, dtype)).eps * scale
