@@ -535,6 +535,14 @@ def _ask_hub(name: str):
     except Exception as error: raise InputError("name", name, f"neither a shipped model nor a folder, and the Hugging Face hub did not give it ({_first_line(error)}); check the spelling and the network, or give a local folder; {known}") from error
 
 # %% ../nbs/04_models.ipynb #8e6f4330
+def _stored_bytes(name: str) -> int:
+    "How many bytes each weight of a hub model takes there, by its `config.json`; 4 where that does not say."
+    from huggingface_hub import hf_hub_download
+    try:
+        config = read_json(hf_hub_download(name, "config.json"))
+        return pick_dtype(config.get("dtype") or config.get("torch_dtype")).itemsize
+    except Exception: return 4
+
 def _hub_folder(name: str, device: str, dtype, device_map: Any = None) -> Path:
     "The folder of a hub model, downloaded if need be; an `InputError` before anything large is, if it cannot be used here."
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
@@ -548,7 +556,7 @@ def _hub_folder(name: str, device: str, dtype, device_map: Any = None) -> Path:
     weights = {file: size for file, size in sizes.items() if re.fullmatch(r"model[^/]*\.safetensors", file)}
     if not weights and any(file.endswith(".gguf") for file in sizes): raise _no_gguf(name)
     if not weights: raise InputError("name", name, f"the hub has no model*.safetensors of it; pickled weights can run code and are never opened (it has: {', '.join(sorted(sizes)[:6])})")
-    check_fits(name, about.safetensors.total if about.safetensors else sum(weights.values()) // 4, device, dtype, device_map)
+    check_fits(name, about.safetensors.total if about.safetensors else sum(weights.values()) // _stored_bytes(name), device, dtype, device_map)
     place = next(path for path in (Path(constants.HF_HUB_CACHE), *Path(constants.HF_HUB_CACHE).parents) if path.exists())
     missing = sum(size for file, size in weights.items() if not isinstance(try_to_load_from_cache(name, file), str))
     if missing > (free := shutil.disk_usage(place).free): raise InputError("name", name, f"{missing / 1e9:.1f} GB have to be downloaded, and {free / 1e9:.1f} GB are free in {place}")

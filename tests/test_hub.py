@@ -10,6 +10,7 @@ MODELS = {                                                                      
     "someone/cut": {},
     "someone/gated": {"files": {"config.json": 700, "model.safetensors": 5_000_000}, "gated": "manual"},
     "someone/huge": {"files": {"config.json": 700, "model-00001-of-00163.safetensors": 4_300_000_000}, "total": 671_000_000_000},
+    "someone/half": {"files": {"config.json": 700, "model.safetensors": 600_000_000_000}},
     "someone/tiny-GGUF": {"files": {"tiny.Q4_K_M.gguf": 5_000_000}},
     "someone/pickled": {"files": {"config.json": 700, "pytorch_model.bin": 5_000_000}},
     "someone/new-kind": {"class": "NoSuchForCausalLM"},
@@ -53,6 +54,8 @@ def hub(tmp_path):
     write("qwen2.5", server.files / "someone" / "tiny")
     write("llama3", server.files / "someone" / "new-kind")
     write("llama3", server.files / "someone" / "cut")
+    (server.files / "someone" / "half").mkdir()
+    (server.files / "someone" / "half" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}')     # the hub does not count its weights
     config = server.files / "someone" / "new-kind" / "config.json"
     config.write_text(config.read_text().replace("LlamaForCausalLM", "NoSuchForCausalLM"))
     (server.files / "someone" / "tiny" / "pytorch_model.bin").write_bytes(b"never fetched")
@@ -81,7 +84,7 @@ def ask(hub, tmp_path, *names, **environment):
 def test_the_hub(hub, tmp_path):
     said = ask(hub, tmp_path, *MODELS, "someone/missing")
     assert said["someone/tiny"] == "(1, 3, 50)"                                                      # the begin token that its tokenizer_config.json asks for, and two letters
-    for name, words in {"gated": "accept its licence", "huge": "671,000,000,000 weights need 2684.0 GB as float32", "tiny-GGUF": "GGUF", "pickled": "pickled weights can run code", "new-kind": "NoSuchForCausalLM", "missing": "has no such model"}.items():
+    for name, words in {"gated": "accept its licence", "huge": "671,000,000,000 weights need 2684.0 GB as float32", "half": "300,000,000,000 weights need 1200.0 GB as float32", "tiny-GGUF": "GGUF", "pickled": "pickled weights can run code", "new-kind": "NoSuchForCausalLM", "missing": "has no such model"}.items():
         assert words in said[f"someone/{name}"], said
     assert "the download failed" in said["someone/cut"]
     hub.broken = False

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Callable, Sequence
 
+from ..activation_patching import ablate_component, ablation_scan, logit_diff
 from ..addition import problems_of
 from ..core import Result, Stage, load_table
 from ..data import spell
-from ..lens_report import Question, contributions, moving_heads, read_answers
+from ..lens_report import Question, answer_token, contributions, depth, moving_heads, read_answers
 from ..statistics import mean_result, rate_result, ratio_of_sums_ci
-from ..subjects import (ADDITION, PUBLIC_FILES, SIX_LAYERS, Passes, Subject, as_predicted, babyllama_missing, brief, corpus_missing, gathered, in_parallel, key, over_seeds, public_subjects, shipped_subjects, shown_tokens, stored_tables, subject_files,
+from ..subjects import (ADDITION, PUBLIC_FILES, SIX_LAYERS, Asks, Passes, Subject, as_predicted, babyllama_missing, brief, corpus_missing, gathered, in_parallel, key, over_seeds, public_subjects, shipped_subjects, shown_tokens, stored_tables, subject_files,
                                      tables_missing, untrained_subjects)
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'PLACES', 'PROBLEMS', 'ASKED', 'SUM_WORDINGS', 'SIXTHS', 'WHAT', 'TEXT', 'PREDICTED', 'STAGES',
-           'text_questions', 'sum_questions', 'settled', 'parts_of', 'reading_of', 'distances', 'alone',
-           'reading_stage', 'likeness_stage', 'predictions_stage', 'findings']
+           'text_questions', 'sum_questions', 'settled', 'parts_of', 'reading_of', 'distances', 'alone', 'lost_without',
+           'removed_of', 'removed_alone', 'reading_stage', 'removed_stage', 'likeness_stage', 'predictions_stage',
+           'findings']
 
 # %% ../../nbs/25_across_models.ipynb #d9897ec9
 EXPERIMENT, PLACES, PROBLEMS, ASKED = "across_models", 200, 50, 50                            # questions to a model of text, problems, and of how many questions parts and heads are asked
@@ -106,6 +108,8 @@ WHAT = {f"remainder_{k}": (f"remainder at {k}/6 of the depth; {_WHERE}", "", Non
     "falls": ("share of seeds whose remainder falls from each depth to the next", "", (0, 1)), "right": ("share of the questions that are answered rightly", "", (0, 1)), "settled": ("depth from which the answer comes first and stays, of those answered rightly", "", (0, 1)),
     "gain": ("probability of the answer at the end, less that at the embedding", "", None), "over_wordings": ("standard deviation over the four wordings of the difference of the answers, mean over problems", "nats", None), "over_problems": ("standard deviation over problems of the difference of the answers, mean over wordings", "nats", None),
     **{f"{part}_{place}": (f"what {part} adds to the difference of the answers in the {text}; mean over questions", "nats", None) for part in ("attention", "mlp") for place, text in (("first", "first layer"), ("upper", "upper half of the layers"))},
+    "lost_mlp": ("what is lost of the difference of the answers with the MLPs of the upper half at their mean; mean over questions", "nats", None), "lost_attention": ("what is lost of the difference of the answers with the attention of the upper half at its mean; mean over questions", "nats", None),
+    "middle_by_mean": ("share of all absolute effects of single heads at 40% to 85% of the depth, each at its mean", "", (0, 1)),
     "heads_middle": ("share of all absolute effects of single heads at 40% to 85% of the depth", "", (0, 1)), "of_heads_middle": ("share of the heads there", "", (0, 1))}
 
 # %% ../../nbs/25_across_models.ipynb #9c05d598
@@ -133,18 +137,51 @@ def alone(subject: Subject) -> dict[str, Result]:
     return found | {"right": rate_result(int(last.sum()), len(last), unit="", how=WHAT["right"][0])}
 
 # %% ../../nbs/25_across_models.ipynb #e9bf7556
+def lost_without(subject: Subject) -> dict[str, Float[np.ndarray, "question"]]:
+    "For each question what is lost of the difference of the two answers (nats) with the MLPs, or the attention, of the upper half of the layers at their mean over questions and positions; and the size of the effects of single heads at their mean, of all and of those in the middle."
+    model = subject.open()
+    questions = sum_questions() if subject.family.removesuffix("-untrained") in ADDITION else text_questions(subject, model)
+    questions = questions[::max(1, len(questions) // ASKED)]
+    prompts, answers, wrong = ([question.prompt for question in questions], *([answer_token(model, question.prompt, given(question)) for question in questions] for given in (lambda one: one.answer, lambda one: one.wrong)))
+    asked = {"method": "mean", "metric": logit_diff(model, answers, wrong)}
+    upper = [layer for layer in range(model.cfg.n_layers) if depth(model, layer) > 0.5]
+    found = {f"lost_{part}": -ablate_component(model, prompts, [f"layer_{layer}_{short}" for layer in upper], **asked).changes.double().numpy() for part, short in (("mlp", "mlp"), ("attention", "attn"))}
+    scan = ablation_scan(model, prompts, **asked)
+    size, middle = scan.changes.abs().double().numpy(), [0.4 <= depth(model, layer) <= 0.85 for layer in scan.axes["layer"]]
+    return found | {"heads": size.sum((1, 2)), "heads_in_middle": size[:, middle].sum((1, 2))}
+
+def removed_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "The same in numbers."
+    found = lost_without(subject)
+    return {}, {"lost_mlp": found["lost_mlp"].mean(), "lost_attention": found["lost_attention"].mean(), "middle_by_mean": found["heads_in_middle"].sum() / found["heads"].sum()}
+
+def removed_alone(subject: Subject) -> dict[str, Result]:
+    "The same of a family of one model, with intervals over questions."
+    found = lost_without(subject)
+    share = ratio_of_sums_ci(found["heads_in_middle"], found["heads"])
+    return {name: mean_result(found[name], unit="nats", how=WHAT[name][0]) for name in ("lost_mlp", "lost_attention")} | {"middle_by_mean": Result(*share, n=len(found["heads"]), seeds=1, unit="", how=f"{WHAT['middle_by_mean'][0]}; a ratio of sums, percentile bootstrap over questions")}
+
+# %% ../../nbs/25_across_models.ipynb #bf0d58c1
 def _subjects() -> list[Subject]:
     "The models that are here: of text, where the corpus is, and those that add, seeds 0 to 4; and their untrained twins."
     text = [] if corpus_missing() else [*shipped_subjects(SIX_LAYERS), *untrained_subjects(SIX_LAYERS)]
     return [*text, *(public_subjects() if not babyllama_missing() else []), *(one for one in [*shipped_subjects(ADDITION), *untrained_subjects(ADDITION)] if one.seed < 5)]
 
+def _asked_all(asks: Asks, asks_one: Callable[[Subject], dict[str, Result]]) -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "What all models say, and of families of one model the same with intervals over questions."
+    subjects = _subjects()
+    results, tables = gathered(asks, subjects, WHAT)
+    single = [one for one in subjects if [other.family for other in subjects].count(one.family) == 1]
+    for subject, found in zip(single, in_parallel(asks_one, single)): results |= {key(subject.family, name): result for name, result in found.items()}
+    return results, tables
+
 def reading_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "What all models say to their questions."
-    subjects = _subjects()
-    results, tables = gathered(reading_of, subjects, WHAT)
-    single = [one for one in subjects if [other.family for other in subjects].count(one.family) == 1]
-    for subject, found in zip(single, in_parallel(alone, single)): results |= {key(subject.family, name): result for name, result in found.items()}
-    return results, tables
+    return _asked_all(reading_of, alone)
+
+def removed_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "What is lost without parts of all models."
+    return _asked_all(removed_of, removed_alone)
 
 def likeness_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How far models are from each other."
@@ -167,6 +204,8 @@ PREDICTED: dict[str, tuple[str, Passes]] = {
     "6_text": ("in the upper half MLPs add more than attention", _of(TEXT, lambda of: of.mlp_upper > of.attention_upper)),
     "6_sums": ("in the first layer attention adds more than MLPs", _of(ADDITION, lambda of: of.attention_first > of.mlp_first)),
     "7": ("heads in the middle hold more than their share of the effects", _of(TEXT, lambda of: of.heads_middle > of.of_heads_middle)),
+    "10": ("the MLPs of the upper half, at their mean, cost more than its attention", _of(TEXT, lambda of: of.lost_mlp > of.lost_attention)),
+    "11": ("heads in the middle hold more than their share at their mean where they do at zero, and only there", _of(TEXT, lambda of: (of.middle_by_mean > of.of_heads_middle) == (of.heads_middle > of.of_heads_middle))),
     "8": ("wordings move the difference of the answers less than problems do", _of(ADDITION, lambda of: of.over_wordings < of.over_problems)),
     "9_half": ("the remainder at half the depth is above 0.5", _of([f"{name}-untrained" for name in (*SIX_LAYERS, *ADDITION)], lambda of: of.remainder_3 > 0.5)),
     "9_gain": ("the answer is no more probable at the end than at the embedding, within 0.02", _of([f"{name}-untrained" for name in (*SIX_LAYERS, *ADDITION)], lambda of: of.gain.abs() <= 0.02)),
@@ -175,15 +214,16 @@ PREDICTED: dict[str, tuple[str, Passes]] = {
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How many models are as predicted, from the stored numbers of each; beside those of models that add, the least remainder at half of the depth of any text model."
     import pandas as pd
-    numbers = load_table(EXPERIMENT, "reading_seeds")
+    numbers = pd.concat([load_table(EXPERIMENT, name) for name in ("reading_seeds", "removed_seeds")])
     half = numbers[numbers.name == "remainder_3"]
     least = half[half.model.isin(ADDITION)].assign(name="least_of_text", value=half[half.model.isin(TEXT)].value.min())
     return as_predicted(pd.concat([numbers, least]), PREDICTED), {}
 
 STAGES = {
     "reading": Stage(reading_stage, {"places": PLACES, "problems": PROBLEMS, "asked": ASKED}, range(5), lambda: subject_files((*SIX_LAYERS, *ADDITION), "tinyshakespeare", *PUBLIC_FILES), lambda: corpus_missing() or babyllama_missing()),
+    "removed": Stage(removed_stage, {"asked": ASKED}, range(5), lambda: subject_files((*SIX_LAYERS, *ADDITION), "tinyshakespeare", *PUBLIC_FILES), lambda: corpus_missing() or babyllama_missing()),
     "likeness": Stage(likeness_stage, {"sixths": list(SIXTHS)}, range(5), partial(stored_tables, EXPERIMENT, ["reading_seeds"]), partial(tables_missing, EXPERIMENT, ["reading_seeds"])),
-    "predictions": Stage(predictions_stage, {"predictions": len(PREDICTED)}, range(5), partial(stored_tables, EXPERIMENT, ["reading_seeds"]), partial(tables_missing, EXPERIMENT, ["reading_seeds"])),
+    "predictions": Stage(predictions_stage, {"predictions": len(PREDICTED)}, range(5), partial(stored_tables, EXPERIMENT, ["reading_seeds", "removed_seeds"]), partial(tables_missing, EXPERIMENT, ["reading_seeds", "removed_seeds"])),
 }
 
 # %% ../../nbs/25_across_models.ipynb #2214e344
