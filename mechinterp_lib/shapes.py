@@ -27,9 +27,9 @@ __all__ = ['COLOURS', 'SHAPES', 'PLACES', 'QUESTIONS', 'SIZE', 'PATCH', 'WORDS',
            'draw_pictures', 'shapes_tokenizer', 'ask', 'ShapesRecipe', 'new_shapes_model', 'answer_logits', 'ShapesRun',
            'train_shapes', 'right_answers']
 
-# %% ../nbs/18_shapes.ipynb #e640817a
-COLOURS = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95), "yellow": (0.95, 0.85, 0.15)}
-SHAPES = ("circle", "square", "triangle", "cross")
+# %% ../nbs/18_shapes.ipynb #f3af3e20
+COLOURS = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95), "yellow": (0.95, 0.85, 0.15), "purple": (0.6, 0.2, 0.75), "cyan": (0.2, 0.85, 0.85)}
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
 QUESTIONS = ("colour", "shape", "place", "count")
 SIZE, PATCH = 32, 8                                                                              # pixels
@@ -54,8 +54,8 @@ class Scenes:
 def held_out() -> Bool[Tensor, "colour shape place"]:
     "The triples that no training picture has."
     import torch
-    held = torch.zeros(4, 4, 4, dtype=torch.bool)
-    for c in range(4): held[c, c, (c + 1) % 4] = held[c, (c + 2) % 4, (c + 2) % 4] = True
+    held = torch.zeros(len(COLOURS), len(SHAPES), len(PLACES), dtype=torch.bool)
+    for i in range(len(COLOURS)): held[i, i, i % 4] = held[i, (i + 3) % 6, (i + 2) % 4] = True
     return held
 
 def triples(which: str = "seen") -> Int[Tensor, "triple 3"]:
@@ -63,11 +63,11 @@ def triples(which: str = "seen") -> Int[Tensor, "triple 3"]:
     kept = {"seen": ~held_out(), "held": held_out(), "all": held_out() | True}
     return kept[check_choice("which", which, kept)].nonzero()
 
-# %% ../nbs/18_shapes.ipynb #9949ac01
+# %% ../nbs/18_shapes.ipynb #531cd297
 def _other(than: Int[Tensor, "..."], draw: torch.Generator) -> Int[Tensor, "..."]:
-    "One of the three other colours, or shapes, of each."
+    "Another colour, or shape, than each; there are as many of the ones as of the others."
     import torch
-    return (than + torch.randint(1, 4, than.shape, generator=draw)) % 4
+    return (than + torch.randint(1, len(COLOURS), than.shape, generator=draw)) % len(COLOURS)
 
 def draw_scenes(target: Int[Tensor, "scene 3"], draw: torch.Generator, most: int = 2) -> Scenes:
     "A scene for each target triple (colour, shape, place); what stands beside it, at most `most` shapes, is never a held-out triple."
@@ -85,12 +85,12 @@ def draw_scenes(target: Int[Tensor, "scene 3"], draw: torch.Generator, most: int
 def draw_counts(n: int, draw: torch.Generator) -> Scenes:
     "Scenes in which none to three shapes of one colour are to be counted, equally often."
     import torch
-    held, counted, k = held_out(), torch.randint(0, 4, (n,), generator=draw), torch.randint(0, 4, (n,), generator=draw)
+    held, counted, k = held_out(), torch.randint(0, len(COLOURS), (n,), generator=draw), torch.randint(0, 4, (n,), generator=draw)
     more = torch.minimum(torch.randint(0, 3, (n,), generator=draw), 4 - k).clamp(min=(k == 0).long())   # an empty picture is none
     rank, place = torch.rand(n, 4, generator=draw).argsort(1).argsort(1), torch.arange(4).expand(n, 4)
     colour = torch.where(rank < k[:, None], counted[:, None], _other(counted[:, None].expand(n, 4), draw))
-    shape = torch.randint(0, 4, (n, 4), generator=draw)
-    for _ in range(3): shape = torch.where(held[colour, shape, place], (shape + 1) % 4, shape)           # at most two shapes are held out for a colour and place
+    shape = torch.randint(0, len(SHAPES), (n, 4), generator=draw)
+    shape = torch.where(held[colour, shape, place], (shape + 1) % len(SHAPES), shape)           # at most one shape is held out for a colour and place
     there = rank < (k + more)[:, None]
     return Scenes(torch.where(there, colour, -1), torch.where(there, shape, -1), rank.argmin(1), counted)
 
@@ -103,7 +103,7 @@ def recoloured(scenes: Scenes, colour: Int[Tensor, "scene"]) -> Scenes:
     new[rows, scenes.target] = colour
     return replace(scenes, colour=new)
 
-# %% ../nbs/18_shapes.ipynb #349768e2
+# %% ../nbs/18_shapes.ipynb #ac5a93a6
 @dataclass(frozen=True, eq=False)
 class Pictures:
     "Pixels from 0 to 1 in steps of 1/255, and which patches each place's shape touches."
@@ -118,9 +118,9 @@ class Pictures:
 def _inside(dx: Float[Tensor, "scene y x"], dy: Float[Tensor, "scene y x"]) -> Bool[Tensor, "scene shape y x"]:
     "Whether a point lies in each of the shapes, in units of its radius from its middle; y points down."
     import torch
-    ax, ay = dx.abs(), dy.abs()
+    ax, ay, r = dx.abs(), dy.abs(), (dx**2 + dy**2).sqrt()
     cross = ((ax <= 0.33) & (ay <= 1)) | ((ay <= 0.33) & (ax <= 1))
-    return torch.stack([dx**2 + dy**2 <= 1, (ax <= 0.92) & (ay <= 0.92), (dy <= 0.85) & (ax <= (dy + 1) / 1.8), cross], 1)
+    return torch.stack([r <= 1, (ax <= 0.92) & (ay <= 0.92), (dy <= 0.85) & (ax <= (dy + 1) / 1.8), cross, (0.55 <= r) & (r <= 1), (ax <= 1) & (ay <= 0.35)], 1)
 
 def draw_pictures(scenes: Scenes, draw: torch.Generator, fine: int = 3) -> Pictures:
     "Pictures of the scenes; each pixel is the mean of `fine` by `fine` points."

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ['Regions', 'load_processor', 'check_inputs', 'look', 'pictures_as_words', 'picture_positions', 'is_live',
            'tower_points', 'region_scan', 'tower_scan']
 
-# %% ../nbs/17_vision.ipynb #c94412b7
+# %% ../nbs/17_vision.ipynb #04ebc209
 def load_processor(name: str | Path) -> ProcessorMixin:
     "The processor that lies beside a model's weights, named as for `load_model`: of a shipped model, in a folder, or on the hub. `InputError` where there is none, or where it cannot be opened."
     from transformers import AutoProcessor
@@ -39,7 +39,7 @@ def check_inputs(model: TransformerBridge, inputs: Mapping[str, Any], argument: 
     "What a processor made, on the model's device; `InputError` unless `input_ids` `[batch, pos]` and finite `pixel_values` are among it, and nothing is padded."
     import torch
     if not isinstance(inputs, Mapping) or {"input_ids", "pixel_values"} - set(inputs): raise InputError(argument, sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__, "allowed: a mapping with input_ids and pixel_values, as a processor makes it")
-    if not vars(model.cfg).get("is_multimodal"): raise InputError("model", type(model.original_model).__name__, "it reads no pictures")
+    if not vars(model.cfg).get("is_multimodal") or vars(model).get("picture_words"): raise InputError("model", type(model.original_model).__name__, "it reads no pictures")
     ids, mask = check_tokens(model, inputs["input_ids"], inputs.get("attention_mask"), f"{argument}['input_ids']")
     if mask is not None and not mask.all(): raise InputError(f"{argument}['attention_mask']", "padding", "allowed: prompts of equal length")
     pixels = inputs["pixel_values"]
@@ -54,7 +54,7 @@ def look(model: TransformerBridge, inputs: Mapping[str, Any], names: Sequence[st
     except InputError: raise
     except (ValueError, RuntimeError) as error: raise InputError("inputs", {name: tuple(value.shape) for name, value in inputs.items() if hasattr(value, "shape")}, f"the model cannot read these together: {next(iter(str(error).splitlines()), '')}") from error
 
-# %% ../nbs/17_vision.ipynb #8fcc28a8
+# %% ../nbs/17_vision.ipynb #4e9a133c
 def _decoder_inputs(model: TransformerBridge, inputs: Mapping[str, Any]) -> tuple[Float[Tensor, "batch pos d_vocab"], Float[Tensor, "batch pos d_model"]]:
     "The logits, and the vectors that the decoder was called with."
     seen = []
@@ -66,32 +66,25 @@ def _decoder_inputs(model: TransformerBridge, inputs: Mapping[str, Any]) -> tupl
     if len(seen) != 1 or seen[0] is None or seen[0].shape[:2] != ids.shape: raise InputError("model", type(model.original_model).__name__, "its decoder is not called with one vector for each token, so that pictures cannot be written as tokens")
     return logits, seen[0].detach()
 
-def _causal(decoder: nn.Module) -> nn.Module:
-    "An empty causal language model around such a decoder."
-    import torch
-    from transformers import AutoModelForCausalLM
-    make = getattr(decoder, "causal_class", None) or AutoModelForCausalLM.from_config                 # a class that transformers does not know names its own
-    with torch.device("meta"): return make(decoder.config)
-
 def _reader(model: TransformerBridge, words: Float[Tensor, "word d_model"]) -> TransformerBridge:
-    "The decoder as a language model whose vocabulary has these words at its end."
+    "The model with these words at the end of its vocabulary; the weights are shared."
     import torch
-    whole, made = model.original_model, {}
-    decoder, head = _bare(whole.get_decoder(), made), _bare(whole.get_output_embeddings(), made)
-    table = torch.cat([decoder.get_input_embeddings().weight.detach(), words])
-    decoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(table))
-    shell = _causal(decoder)
-    setattr(shell, shell.base_model_prefix, decoder)
-    shell.set_output_embeddings(head)
-    reader = as_bridge(shell, None, "decoder", str(table.device))
+    made: dict[int, nn.Module] = {}
+    whole = _bare(model.original_model, made)
+    for twin in list(made.values()):                                                                # TransformerLens leaves references beside the tree of modules
+        for name, value in vars(twin).items():
+            if isinstance(value, torch.nn.Module) and id(value) in made: vars(twin)[name] = made[id(value)]
+    table = torch.cat([whole.get_input_embeddings().weight.detach(), words])
+    whole.set_input_embeddings(torch.nn.Embedding.from_pretrained(table))
+    reader = as_bridge(whole, None, "reader", str(table.device))
     reader.tokenizer, reader.picture_words = model.tokenizer, len(words)
     for name in ("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"): setattr(reader.cfg, name, getattr(model.cfg, name))
     return reader
 
-# %% ../nbs/17_vision.ipynb #003e5a8b
+# %% ../nbs/17_vision.ipynb #eda5d376
 def pictures_as_words(model: TransformerBridge, inputs: Mapping[str, Any]) -> tuple[TransformerBridge, Int[Tensor, "batch pos"]]:
-    """The decoder of a vision-language model as a bridge of its own, and the prompts as tokens that it reads: where a picture was, a token of its own for each patch, from `cfg.d_vocab` on. Logits are those of the whole model, or it is an `InputError`. Every analysis of this library takes the two as
-    any model and its tokens; weights are shared with `model`, and hooks on the one do not reach the other."""
+    """A vision-language model as a reader of tokens, and the prompts as tokens that it reads: where a picture was, a token of its own for each patch, from `cfg.d_vocab` on. Logits are those of the model that sees the picture, or it is an `InputError`. Every analysis of this library takes the two as any model and its
+    tokens; weights are shared with `model`, and hooks on the one do not reach the other."""
     import torch
     check_model(model)
     inputs = check_inputs(model, inputs)

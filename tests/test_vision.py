@@ -12,6 +12,7 @@ from mechinterp_lib.neuron_analysis import find_max_activating_examples
 from mechinterp_lib.sae import activations_at, train_sae
 from mechinterp_lib.shapes import COLOURS, PROCESSOR, QUESTIONS, SHAPES_RECIPE, TOKENIZER, ask, draw_pictures, draw_scenes, new_shapes_model, right_answers, shapes_tokenizer, train_shapes, triples
 from mechinterp_lib.models import save_model
+from test_deepseek_vl import KINDS, prompt, vl_prompt, write as write_vl2, write_vl
 from mechinterp_lib.vision import check_inputs, is_live, load_processor, look, picture_positions, pictures_as_words, region_scan, tower_points, tower_scan
 
 SHIPPED = [name for name in list_models() if name.startswith("shapes/")]
@@ -65,7 +66,7 @@ def test_the_decoder_reads_patches_as_words(model, read):
     assert torch.allclose(reader(tokens), look(model, asked())[0], rtol=1e-5, atol=1e-5)
     assert reader.cfg.d_vocab == 30 and reader(tokens).shape[-1] == 30 and sorted(set(tokens[tokens >= 30].tolist())) == list(range(30, 94))
     assert picture_positions(reader, tokens).tolist() == [list(range(16))] * 4
-    assert reader.original_model.model.layers[0].mlp.gate_proj.original_component.weight.data_ptr() == model.blocks[0].mlp.gate.original_component.weight.data_ptr(), "weights are shared"
+    assert reader.blocks[0].mlp.gate.original_component.weight.data_ptr() == model.blocks[0].mlp.gate.original_component.weight.data_ptr(), "weights are shared"
     before = look(model, asked())[0]
     with torch.no_grad(): reader.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: value * 0)])
     assert torch.equal(look(model, asked())[0], before), "hooks of one do not reach the other"
@@ -103,6 +104,19 @@ def test_every_other_analysis_takes_the_reader(read):
     assert scores.effects[~scores.effects.isnan()].abs().max() > 0
     assert activations_at(reader, "blocks.1.hook_resid_post", tokens).shape[1] == 48
     train_sae(reader, "blocks.1.hook_resid_post", tokens.repeat(8, 1), d_sae=48, k=4, n_samples=640, batch_size=64, progress=False, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["vl", "hybrid", *KINDS])
+def test_deepseeks_pictures_are_words_too(kind, tmp_path):
+    own = kind in KINDS
+    model = load_model((write_vl2(kind, tmp_path / "model") if own else write_vl(tmp_path / "model", kind == "hybrid")), device="cpu")
+    ids, given = (prompt([[(2, 1), (1, 1)]]) if own else vl_prompt(kind == "hybrid"))
+    inputs = {"input_ids": ids, **{{"images": "pixel_values"}.get(name, name): value for name, value in given.items()}}
+    reader, tokens = pictures_as_words(model, inputs)
+    assert torch.allclose(reader(tokens), look(model, inputs)[0], rtol=1e-5, atol=1e-5) and (tokens >= model.cfg.d_vocab).sum() >= 16
+    assert patch_scan(reader, tokens[:1], tokens[:1].flip(1), metric=logit_diff(reader, 3, 7), component="resid_pre").effects.isfinite().all()
+    assert logit_lens(reader, tokens).summary().kl.iloc[-1] == pytest.approx(0, abs=1e-5)
+    assert len(tower_points(model, inputs)) == 4 and len(tower_points(model, inputs, "z")) == 2
 
 
 def test_hooks_of_the_tower_are_live_or_known_not_to_be(folder, model):

@@ -12,7 +12,8 @@ from ..activation_patching import ablate_component, ablation_scan, logit_diff
 from ..addition import problems_of
 from ..core import Result, Stage, load_table
 from ..data import spell
-from ..lens_report import Question, answer_token, contributions, depth, moving_heads, read_answers
+from ..lens_report import Question, answer_token, contributions, moving_heads, read_answers
+from ..logit_lens import depth
 from ..statistics import mean_result, rate_result, ratio_of_sums_ci
 from ..subjects import (ADDITION, PUBLIC_FILES, SIX_LAYERS, Asks, Passes, Subject, as_predicted, babyllama_missing, brief, corpus_missing, gathered, in_parallel, key, over_seeds, public_subjects, shipped_subjects, shown_tokens, stored_tables, subject_files,
                                      tables_missing, untrained_subjects)

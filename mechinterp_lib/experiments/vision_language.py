@@ -33,9 +33,9 @@ PAIRS, EACH, FRESH = 96, 100, 256                                               
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'PAIRS', 'EACH', 'FRESH', 'WHAT', 'PREDICTED', 'CONTROLS', 'STAGES', 'shapes_subjects',
-           'untrained_shapes', 'ColourPairs', 'colour_pairs', 'answered', 'patch_regions', 'position_regions',
-           'accuracy_of', 'tower_of', 'position_names', 'best_heads', 'heads_together', 'heads_of', 'lens_of',
-           'circuit_of', 'without_of', 'accuracy_stage', 'way_stage', 'lens_stage', 'circuit_stage',
+           'untrained_shapes', 'ColourPairs', 'some_triples', 'colour_pairs', 'answered', 'patch_regions',
+           'position_regions', 'accuracy_of', 'tower_of', 'position_names', 'best_heads', 'heads_together', 'heads_of',
+           'lens_of', 'circuit_of', 'without_of', 'accuracy_stage', 'way_stage', 'lens_stage', 'circuit_stage',
            'predictions_stage']
 
 # %% ../../nbs/26_vision_language.ipynb #4dd66da1
@@ -49,7 +49,7 @@ def untrained_shapes() -> list[Subject]:
     "The architecture of each with fresh weights."
     return [Subject("shapes-untrained", subject.seed, partial(_untrained, subject.seed)) for subject in shapes_subjects()]
 
-# %% ../../nbs/26_vision_language.ipynb #7bbc8db7
+# %% ../../nbs/26_vision_language.ipynb #800df12b
 @dataclass(frozen=True, eq=False)
 class ColourPairs:
     "Pairs of pictures that differ in the colour of one shape, which the question asks for: inputs, the two right answers, and which patches each place's shape touches."
@@ -73,12 +73,18 @@ class ColourPairs:
         import torch
         return {name: torch.cat([self.clean[name], self.corrupted[name]]) for name in self.clean}
 
+def some_triples(n: int, draw: torch.Generator) -> Int[Tensor, "scene 3"]:
+    "`n` triples, seen and held-out ones alike."
+    import torch
+    every = triples("all")
+    return every[torch.randint(0, len(every), (n,), generator=draw)]
+
 def colour_pairs(n: int, draw: torch.Generator) -> ColourPairs:
     "`n` pairs; the colours of the two pictures are of all kinds, and nothing else in the scene has either."
     import torch
-    scenes = draw_scenes(triples("all")[torch.randint(0, 64, (n,), generator=draw)], draw)
-    taken = (scenes.colour[:, :, None] == torch.arange(4)).any(1)
-    other = recoloured(scenes, (torch.rand(n, 4, generator=draw) - taken.float()).argmax(1))
+    scenes = draw_scenes(some_triples(n, draw), draw)
+    taken = (scenes.colour[:, :, None] == torch.arange(len(COLOURS))).any(1)
+    other = recoloured(scenes, (torch.rand(n, len(COLOURS), generator=draw) - taken.float()).argmax(1))
     state = draw.get_state()
     pictures = draw_pictures(scenes, draw)
     draw.set_state(state)
@@ -200,7 +206,7 @@ def lens_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]
     table = pd.DataFrame(rows)
     return {"lens": table}, {f"lens_{row.where}_{row.depth}": row.share for row in table.itertuples()}
 
-# %% ../../nbs/26_vision_language.ipynb #9d27ef61
+# %% ../../nbs/26_vision_language.ipynb #7acd3e1e
 def circuit_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     "The circuit that tells two colours apart in the decoder, chosen on some pairs and judged on others."
     model, tasks = subject.open(), []
@@ -219,7 +225,7 @@ def _right(answers: Int[Tensor, "prompt"]) -> Metric:
 def _asked(model: TransformerBridge, question: str, draw: torch.Generator) -> tuple[TransformerBridge, Int[Tensor, "prompt pos"], Int[Tensor, "prompt"]]:
     "New pictures of all triples and a question about each, as words, and the answers."
     import torch
-    scenes = draw_counts(FRESH, draw) if question == "count" else draw_scenes(triples("all")[torch.randint(0, 64, (FRESH,), generator=draw)], draw)
+    scenes = draw_counts(FRESH, draw) if question == "count" else draw_scenes(some_triples(FRESH, draw), draw)
     prompts, answers = ask(scenes, question)
     return *pictures_as_words(model, {"input_ids": prompts, "pixel_values": draw_pictures(scenes, draw).inputs}), answers
 
@@ -239,7 +245,7 @@ def without_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, flo
     table = pd.DataFrame(rows)
     return {"without": table}, {f"lost_{gone}_{question}": float(some.lost.mean()) for (gone, question), some in table.groupby(["gone", "question"])}
 
-# %% ../../nbs/26_vision_language.ipynb #c255b068
+# %% ../../nbs/26_vision_language.ipynb #af1f8aa7
 _PLACES = {"0": "before the tower", "1": "behind its first layer", "2": "behind its second layer", "in": "on the way into the projector", "out": "on the way out of the projector"}
 _REGIONS = {"touched": "the shape's patches", "rest": "all other patches", "random": "as many random other patches", "picture": "the whole picture", "before": "the words before the shape's", "word": "the shape's word", "last": "the last position"}
 _SHARE = (0.0, 1.0)
@@ -251,7 +257,7 @@ WHAT |= {f"tower_{component}_{layer}": (f"share of the difference carried by the
 WHAT |= {f"decoder_{region}_{layer}": (f"share of answers that flip with {_REGIONS[region]}, {layer} layers of the decoder behind", "", _SHARE) for region in ("touched", "rest", "picture", "before", "word", "last") for layer in range(4)}
 WHAT |= {"best_head": ("share of the difference carried by the head of the decoder that carries most", "", None), "two_heads": ("share of the difference carried by the two heads that carry most, together", "", None), "best_layer": ("layer of the head that carries most", "", None),
          "best_on_picture": ("attention of the head that carries most, from the last position to the picture", "", _SHARE), "best_on_touched": ("share of it that falls on the shape's patches", "", _SHARE), "touched_share": ("share of the patches that the shape touches", "", _SHARE)}
-WHAT |= {f"lens_{label}{where}_{depth}": (f"share of {text} where the lens puts {'the colour of another scene' if label else 'the right colour'} first among four, {depth} layers of the decoder behind", "", _SHARE)
+WHAT |= {f"lens_{label}{where}_{depth}": (f"share of {text} where the lens puts {'the colour of another scene' if label else 'the right colour'} first among six, {depth} layers of the decoder behind", "", _SHARE)
          for label in ("", "shuffled_") for where, text in (("touched", "the shape's patches"), ("rest", "other patches"), ("last", "last positions")) for depth in range(4)}
 WHAT |= {"edges": ("edges of the circuit", "edges", None), "edge_share": ("share of the decoder's edges that are in the circuit", "", _SHARE), "faithfulness": ("share of the difference that the circuit does alone, fresh pairs", "", None), "necessity": ("share of it that is lost without the circuit, fresh pairs", "", None),
          "best_matched": ("the most that one of 50 random circuits with edges of the same kinds does alone", "", None), "best_random": ("the most that one of 50 random circuits of its size does alone", "", None), "most_outside": ("the most that is lost without as many other edges, 50 draws", "", None)}
