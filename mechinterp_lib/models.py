@@ -623,6 +623,7 @@ MODEL_FAMILIES = [
     Family("Gemma 2", "google/gemma-2-9b", "Gemma2ForCausalLM"),
     Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite", "DeepseekV2ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts"),
     Family("DeepSeek-V3", "a checkpoint in 16 or 32 bits", "DeepseekV3ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts"),
+    Family("LLaVA", "llava-hf/llava-1.5-7b-hf", "LlavaForConditionalGeneration"),
     Family("DeepSeek-VL", "deepseek-community/deepseek-vl-1.3b-chat", "DeepseekVLForConditionalGeneration"),
     Family("DeepSeek-VL2", "deepseek-ai/deepseek-vl2-small, deepseek-vl2-tiny, deepseek-vl2", "DeepseekVLV2ForCausalLM", scans="q, k, v: a whole pass each, but in tiny", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts")]
 

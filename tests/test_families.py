@@ -30,6 +30,7 @@ FAMILIES = {
     "deepseek-v2-lite": ("DeepseekV2ForCausalLM", LATENT | dict(q_lora_rank=None, v_head_dim=8, topk_method="greedy")),
     "deepseek-v2": ("DeepseekV2ForCausalLM", LATENT | dict(q_lora_rank=16, v_head_dim=16, topk_method="group_limited_greedy", n_group=2, topk_group=1)),
     "deepseek-v3": ("DeepseekV3ForCausalLM", LATENT | dict(q_lora_rank=16, v_head_dim=16)),
+    "llava": ("LlavaForConditionalGeneration", dict(text_config=dict(model_type="llama") | SIZE, image_token_index=49, vision_config=dict(model_type="siglip_vision_model", vision_use_head=False, **VISION))),
     "deepseek-vl": ("DeepseekVLForConditionalGeneration", dict(text_config=dict(model_type="llama") | SIZE, image_token_id=50, vision_config=dict(model_type="siglip_vision_model") | VISION)),
     "deepseek-vl2": ("DeepseekVLV2ForCausalLM", dict(language_config=LATENT | dict(q_lora_rank=None, v_head_dim=8), vision_config=TILES, projector_config=PROJECTOR)),
     "deepseek-vl2-tiny": ("DeepseekVLV2ForCausalLM", dict(language_config=LATENT | dict(use_mla=False), vision_config=TILES, projector_config=PROJECTOR)),
