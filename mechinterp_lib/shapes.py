@@ -169,14 +169,14 @@ def ask(scenes: Scenes, question: str) -> tuple[Int[Tensor, "scene pos"], Int[Te
     prompts = torch.tensor([[WORDS.index("<image>")] * N_PATCHES + _ids(texts.format(name).split()) for name in asked])
     return prompts[which], torch.tensor(_ids(answers))[right]
 
-# %% ../nbs/18_shapes.ipynb #9f4f0726
+# %% ../nbs/18_shapes.ipynb #b7e82ab9
 @dataclass(frozen=True)
 class ShapesRecipe(Recipe):
     "A recipe for models of this world; for the first `alone_steps` targets stand alone; `blind_share` of the pictures are shown without the places of their patches."
     alone_steps: int = 800
     blind_share: float = 0.5
 
-SHAPES_RECIPE = ShapesRecipe("shapes", {"class": "LlavaForConditionalGeneration", "layers": 3, "tower_width": 96, "width": 128, "heads": 4, "initializer_range": 0.08}, corpus=None, n_ctx=N_PATCHES + 6, steps=4000, batch_size=16, lr=1e-3, min_lr=2e-5,
+SHAPES_RECIPE = ShapesRecipe("shapes", {"class": "LlavaForConditionalGeneration", "layers": 3, "tower_width": 96, "width": 128, "heads": 4, "initializer_range": 0.08}, corpus=None, n_ctx=N_PATCHES + 6, steps=6000, batch_size=16, lr=1e-3, min_lr=2e-5,
                        betas=(0.9, 0.98), weight_decay=0.05, eval_every=250)
 
 def new_shapes_model(seed: int, recipe: ShapesRecipe = SHAPES_RECIPE) -> LlavaForConditionalGeneration:
