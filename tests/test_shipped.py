@@ -13,7 +13,7 @@ from mechinterp_lib.sae import evaluate_sae, load_sae, shipped_saes
 from mechinterp_lib.subjects import shipped_subjects, untrained_twin
 from mechinterp_lib.training import load_recipe, validation_loss, validation_rows
 
-NAMES = [name for name in list_models() if not re.match(r"addition-\w+/seed[1-9]", name)]       # of the addition models the first; test_addition.py looks at all
+NAMES = [name for name in list_models() if not re.match(r"addition-\w+/seed[1-9]|shapes/", name)]       # of the addition models the first; test_addition.py looks at all, test_vision.py at those that read pictures
 MOST = {"shakespeare": 1.50, "shakespeare-small": 1.56}                                        # nats a character, over the last tenth of the text
 
 
