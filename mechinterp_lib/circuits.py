@@ -396,7 +396,7 @@ def _made_alone(state: _State, part: str, layer: int, heads: list[int], streams:
 def _written_alone(state: _State, layer: int, heads: list[int], z: Float[Tensor, "row late head d_head"]) -> Float[Tensor, "row late sender d_model"]:
     "How far what heads write has moved."
     import torch
-    if (moved := head_changes(state.pairs.replay, layer, z, state.base("z", layer).repeat(len(state.masks), 1, 1, 1), heads)) is not None: return moved
+    if (moved := head_changes(state.pairs.replay, layer, z, state.base("z", layer), heads)) is not None: return moved
     alone = _late_edit(state, "z", layer, torch.cat([z[:, :, head] for head in heads]))
     alone = replace(alone, head=torch.tensor(heads).repeat_interleave(len(alone.rows) // len(heads)))
     out = state.pairs.replay.activation([alone], "attn_out", layer, state.prompts.repeat(len(heads)))[:, state.start:].unflatten(0, (len(heads), -1))
@@ -418,9 +418,14 @@ def edge_attribution(model: TransformerBridge, clean: Any, corrupted: Any, *, me
     return pairs.scan("edge", {"sender": list(graph.senders), "receiver": list(graph.receivers)}, patched)
 
 def _patched_nodes(pairs: Pairs, graph: Graph) -> Float[Tensor, "pair sender"]:
-    "The metric after patching all of each sender's output."
+    "The metric after patching all of each sender's output: what it adds to the stream."
     import torch
-    edits = [put_part(part, torch.arange(pairs.n) + i * pairs.n, pairs.source(part.component, part.layer)) for i, parts in enumerate(graph.senders.values()) for part in parts]
+    edits = []
+    for i, (name, parts) in enumerate(graph.senders.items()):
+        rows = torch.arange(pairs.n) + i * pairs.n
+        for part in parts:
+            if part.component != "z" or not hasattr(pairs.replay.model.blocks[part.layer], "ln1_post"): edits.append(put_part(part, rows, pairs.source(part.component, part.layer)))
+            else: edits.append(Edit("attn_out", part.layer, rows, pairs.base("attn_out", part.layer) + sender_changes(pairs, {name: parts})[0]))       # behind the norm: other heads keep their share
     edits.append(Edit("resid_pre", 0, torch.arange(pairs.n), pairs.source("resid_pre", 0)))
     return pairs.run(edits, torch.arange(pairs.n).repeat(len(graph.senders))).view(-1, pairs.n).T
 

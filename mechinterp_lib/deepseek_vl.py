@@ -287,7 +287,8 @@ def model_class() -> type[nn.Module]:
             return self.language(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         def adjust_generation_fn(self, *args, **kwargs):
             super().adjust_generation_fn(*args, **kwargs)                       # looks for the decoder's begin and end tokens elsewhere
-            for name in ("bos_token_id", "eos_token_id"): setattr(self.generation_config, name, getattr(self.generation_config, name) or getattr(self.config.language_config, name))
+            for name in ("bos_token_id", "eos_token_id"):
+                if getattr(self.generation_config, name) is None: setattr(self.generation_config, name, getattr(self.config.language_config, name))
         def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
             inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
             if past_key_values is not None and past_key_values.get_seq_length():

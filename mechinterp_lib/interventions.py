@@ -1375,24 +1375,25 @@ def head_weights(replay: Replay, part: str, layer: int) -> tuple[Float[Tensor, "
 
 
 # %% ../nbs/06_interventions.ipynb #5f00376d
-def head_changes(replay: Replay, layer: int, z: Float[Tensor, "row pos head d_head"], before: Float[Tensor, "row pos head d_head"] | None = None, heads: Sequence[int] | None = None) -> Float[Tensor, "row pos chosen d_model"] | None:
-    "How far what a layer's `heads` (None: all) add to the stream moves when the heads find `z` instead of `before` (None: nothing); where a norm stands behind attention, each at the scale that the norm takes for all heads together. None where `head_weights` is, or where that norm is more than a scale."
+def head_changes(replay: Replay, layer: int, z: Float[Tensor, "row pos head d_head"], before: Float[Tensor, "some pos head d_head"] | None = None, heads: Sequence[int] | None = None) -> Float[Tensor, "row pos chosen d_model"] | None:
+    """How far what a layer's `heads` (None: all) add to the stream moves when the heads find `z` instead of `before` (None: nothing; fewer rows: repeated); where a norm stands behind attention, each at the scale that the norm takes for all heads together. None where `head_weights` is, or where attention adds a
+    constant in front of that norm. `InputError` where the norm is more than a scale."""
     import torch
     if (own := head_weights(replay, "o", layer)) is None: return None
     (weight, bias), behind, chosen = own, _norm_behind(replay.model, layer), slice(None) if heads is None else list(heads)
-    if behind is None: return torch.einsum("rphn,hnw->rphw", (z if before is None else z - before)[:, :, chosen], weight[chosen])
+    less = lambda new, old: new if old is None else (new.unflatten(0, (-1, len(old))) - old).flatten(0, 1)
+    if behind is None: return torch.einsum("rphn,hnw->rphw", less(z, before)[:, :, chosen], weight[chosen])
     if bias.any(): return None
     with torch.no_grad(): gain = behind(torch.full_like(bias, 1e3))                              # so large that its epsilon does not count
-    def written(found: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos chosen d_model"] | None:
+    def written(found: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "row pos chosen d_model"]:
         "What the chosen heads add."
-        parts = torch.einsum("rphn,hnw->rphw", found, weight) * gain
-        whole = parts.sum(2)
-        with torch.no_grad(): out = behind(whole / gain)
-        scale = (out * whole).sum(-1, keepdim=True) / whole.square().sum(-1, keepdim=True).clamp(min=1e-30)
-        if not (whole * scale - out).abs().max() <= 10 * tolerance(out) * out.abs().max(): return None
-        return parts[:, :, chosen] * scale[:, :, None]
-    after, earlier = written(z), None if before is None else written(before)
-    return after if before is None or after is None or earlier is None else after - earlier
+        parts = torch.einsum("rphn,hnw->rphw", found, weight)
+        with torch.no_grad(): out = behind(whole := parts.sum(2))
+        scaled = whole * gain
+        scale = (out * scaled).sum(-1, keepdim=True) / scaled.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        if not (scaled * scale - out).abs().max() <= 10 * tolerance(out) * out.abs().max(): raise InputError("model", type(replay.model.original_model).__name__, f"the norm behind the attention of layer {layer} is more than a scale, so that it cannot be divided among heads")
+        return parts[:, :, chosen] * (gain * scale)[:, :, None]
+    return less(written(z), None if before is None else written(before))
 
 # %% ../nbs/06_interventions.ipynb #52102301
 def differentiable_run(replay: Replay, stream: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, "row"], places: Sequence[tuple[str, int]], read: int | Sequence[int] | Int[Tensor, "..."] | None = None,

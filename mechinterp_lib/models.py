@@ -153,7 +153,7 @@ def save_model(module: nn.Module, tokenizer: PreTrainedTokenizerFast | Tokenizer
     files = {"model.safetensors": save(weights, metadata={"format": "pt"}), "config.json": _json_bytes("config", _config_dict(module))}
     if tokenizer is not None: files["tokenizer.json"] = _tokenizer_bytes(tokenizer)
     if training is not None: files["training.json"] = _json_bytes("training", dict(training))
-    files |= {check_choice("more", name, _OWN_FILES): _json_bytes(name, value) for name, value in (more or {}).items()}
+    files |= {check_choice("more", name, sorted(set(_OWN_FILES) - files.keys())): _json_bytes(name, value) for name, value in (more or {}).items()}
     _write_together(folder, files)
     return Path(path)
 
@@ -365,7 +365,7 @@ def describe_model(name: str) -> dict[str, Any]:
     folder = home() / "models" / check_choice("name", name, list_models())
     if not (folder / "model.safetensors").is_file(): raise InputError("path", str(folder), "no model.safetensors in this folder")
     config, header = _checked_config(folder), _safetensors_header(folder / "model.safetensors")
-    config |= {key: value for key, value in config.get("text_config", {}).items() if key not in ("architectures", "model_type")}     # of a model with a tower: its decoder
+    config = {**config.get("text_config", {}), **config}                      # of a model with a tower its decoder is described
     record = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
     if not isinstance(record, dict): raise InputError("path", str(folder / "training.json"), "holds no training record")
     def first(*keys: str) -> int:

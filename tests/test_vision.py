@@ -117,6 +117,7 @@ def test_deepseeks_pictures_are_words_too(kind, tmp_path):
     assert patch_scan(reader, tokens[:1], tokens[:1].flip(1), metric=logit_diff(reader, 3, 7), component="resid_pre").effects.isfinite().all()
     assert logit_lens(reader, tokens).summary().kl.iloc[-1] == pytest.approx(0, abs=1e-5)
     assert len(tower_points(model, inputs)) == 4 and len(tower_points(model, inputs, "z")) == 2
+    with pytest.raises(InputError, match="one picture, in one piece, a prompt"): tower_scan(model, inputs, inputs, logit_diff(model, 3, 7))
 
 
 def test_hooks_of_the_tower_are_live_or_known_not_to_be(folder, model):
@@ -140,6 +141,12 @@ def test_tower_and_decoder_meet_at_the_projector(model):
         assert torch.allclose(out.patched[:, 0], words.patched[:, 0, :16], atol=1e-4)
     stream = region_scan(model, clean, corrupted, metric, ["blocks.1.hook_resid_pre"])
     assert torch.allclose(stream.patched[:, 0], patch_scan(reader, tokens[:3], tokens[3:], component="resid_pre", layers=[1], metric=logit_diff(reader, 3, 7)).patched[:, 0], atol=1e-4)
+    stream = tower_scan(model, clean, corrupted, metric)                                          # of CLIP's tower the class token stays where it is
+    assert stream.patched.shape == (3, len(tower_points(model, clean)), 16) and torch.allclose(stream.patched[:, -1], out.patched[:, 0] if stream.direction == direction else tower_scan(model, clean, corrupted, metric, direction=direction).patched[:, -1], atol=1e-4)
+    for bad in (["vision_encoder.encoder_layers.0.hook_in", "vision_projector.hook_out"], ["vision_projector.hook_out"]):
+        with pytest.raises(InputError, match="heads"): region_scan(model, clean, corrupted, metric, bad, heads=True)
+    ends = region_scan(model, clean, corrupted, metric, ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"], {"all": torch.ones(3, 22, dtype=torch.bool)})
+    assert ends.axes["layer"] == ["blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"] and torch.allclose(ends.patched[..., 0], ends.clean[:, None].expand(-1, 2), atol=1e-4)
     if tower_points(model, clean, "z"):
         every = tower_scan(model, clean, corrupted, metric, component="z")
         assert list(every.axes) == ["layer", "pos", "head"] and every.patched.isfinite().all()
@@ -208,7 +215,8 @@ def test_a_checkpoint_with_its_processor_is_what_transformers_makes_of_it(tmp_pa
     assert torch.allclose(inputs["pixel_values"], pictures.inputs, atol=1e-6)
     model = load_model(tmp_path / "model")
     with torch.no_grad(): assert (look(model, inputs)[0] - plain(**inputs).logits).abs().max() < 1e-5
-    with pytest.raises(InputError, match="more"): save_model(module, None, tmp_path / "model", more={"run_me.py": {}})
+    for name in ("run_me.py", "config.json"):
+        with pytest.raises(InputError, match="more"): save_model(module, None, tmp_path / "model", more={name: {}})
 
 
 @pytest.mark.parametrize("name", SHIPPED)

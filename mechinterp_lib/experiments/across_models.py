@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'PLACES', 'PROBLEMS', 'ASKED', 'SUM_WORDINGS', 'SIXTHS', 'WHAT', 'TEXT', 'PREDICTED', 'STAGES',
-           'text_questions', 'sum_questions', 'settled', 'parts_of', 'reading_of', 'distances', 'alone', 'lost_without',
+           'text_questions', 'sum_questions', 'settled', 'parts_of', 'reading_of', 'distances', 'alone', 'losses',
            'removed_of', 'removed_alone', 'reading_stage', 'removed_stage', 'likeness_stage', 'predictions_stage',
            'findings']
 
@@ -138,7 +138,7 @@ def alone(subject: Subject) -> dict[str, Result]:
     return found | {"right": rate_result(int(last.sum()), len(last), unit="", how=WHAT["right"][0])}
 
 # %% ../../nbs/25_across_models.ipynb #e9bf7556
-def lost_without(subject: Subject) -> dict[str, Float[np.ndarray, "question"]]:
+def losses(subject: Subject) -> dict[str, Float[np.ndarray, "question"]]:
     "For each question what is lost of the difference of the two answers (nats) with the MLPs, or the attention, of the upper half of the layers at their mean over questions and positions; and the size of the effects of single heads at their mean, of all and of those in the middle."
     model = subject.open()
     questions = sum_questions() if subject.family.removesuffix("-untrained") in ADDITION else text_questions(subject, model)
@@ -153,12 +153,12 @@ def lost_without(subject: Subject) -> dict[str, Float[np.ndarray, "question"]]:
 
 def removed_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     "The same in numbers."
-    found = lost_without(subject)
+    found = losses(subject)
     return {}, {"lost_mlp": found["lost_mlp"].mean(), "lost_attention": found["lost_attention"].mean(), "middle_by_mean": found["heads_in_middle"].sum() / found["heads"].sum()}
 
 def removed_alone(subject: Subject) -> dict[str, Result]:
     "The same of a family of one model, with intervals over questions."
-    found = lost_without(subject)
+    found = losses(subject)
     share = ratio_of_sums_ci(found["heads_in_middle"], found["heads"])
     return {name: mean_result(found[name], unit="nats", how=WHAT[name][0]) for name in ("lost_mlp", "lost_attention")} | {"middle_by_mean": Result(*share, n=len(found["heads"]), seeds=1, unit="", how=f"{WHAT['middle_by_mean'][0]}; a ratio of sums, percentile bootstrap over questions")}
 
