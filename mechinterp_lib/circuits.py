@@ -417,6 +417,7 @@ def edge_attribution(model: TransformerBridge, clean: Any, corrupted: Any, *, me
     if level == "node": return pairs.scan("node", {"sender": list(graph.senders)}, pairs.unpatched[:, None] + scores.masked_fill(~graph.allowed.to(scores.device), 0).sum(2))
     return pairs.scan("edge", {"sender": list(graph.senders), "receiver": list(graph.receivers)}, patched)
 
+# %% ../nbs/11_circuits.ipynb #e29d056e
 def _patched_nodes(pairs: Pairs, graph: Graph) -> Float[Tensor, "pair sender"]:
     "The metric after patching all of each sender's output: what it adds to the stream."
     import torch
@@ -429,6 +430,7 @@ def _patched_nodes(pairs: Pairs, graph: Graph) -> Float[Tensor, "pair sender"]:
     edits.append(Edit("resid_pre", 0, torch.arange(pairs.n), pairs.source("resid_pre", 0)))
     return pairs.run(edits, torch.arange(pairs.n).repeat(len(graph.senders))).view(-1, pairs.n).T
 
+# %% ../nbs/11_circuits.ipynb #9c31be6b
 def _estimated(pairs: Pairs, graph: Graph, points: Sequence[float], memory: int) -> Float[Tensor, "pair sender receiver"]:
     "What each sender's output changes by, times the gradient where the receiver reads, mean over points between the base and the source embedding."
     import torch
