@@ -49,7 +49,7 @@ def untrained_shapes() -> list[Subject]:
     "The architecture of each with fresh weights."
     return [Subject("shapes-untrained", subject.seed, partial(_untrained, subject.seed)) for subject in shapes_subjects()]
 
-# %% ../../nbs/26_vision_language.ipynb #800df12b
+# %% ../../nbs/26_vision_language.ipynb #b1777755
 @dataclass(frozen=True, eq=False)
 class ColourPairs:
     "Pairs of pictures that differ in the colour of one shape, which the question asks for: inputs, the two right answers, and which patches each place's shape touches."
@@ -91,6 +91,7 @@ def colour_pairs(n: int, draw: torch.Generator) -> ColourPairs:
     inputs = [{"input_ids": ask(scenes, "colour")[0], "pixel_values": seen.inputs} for seen in (pictures, draw_pictures(other, draw))]
     return ColourPairs(*inputs, ask(scenes, "colour")[1], ask(other, "colour")[1], scenes, pictures.touched)
 
+# %% ../../nbs/26_vision_language.ipynb #178326bd
 def answered(model: TransformerBridge, pairs: ColourPairs) -> ColourPairs:
     "Those of the pairs of which the model answers both rightly."
     said = look(model, pairs.both)[0][:, -1].argmax(-1).view(2, -1)
