@@ -49,16 +49,16 @@ def untrained_shapes() -> list[Subject]:
     "The architecture of each with fresh weights."
     return [Subject("shapes-untrained", subject.seed, partial(_untrained, subject.seed)) for subject in shapes_subjects()]
 
-# %% ../../nbs/26_vision_language.ipynb #b1777755
+# %% ../../nbs/26_vision_language.ipynb #956391ec
 @dataclass(frozen=True, eq=False)
 class ColourPairs:
-    "Pairs of pictures that differ in the colour of one shape, which the question asks for: inputs, the two right answers, and which patches each place's shape touches."
+    "Pairs of pictures that differ in the colour of one shape, which the question asks for: inputs, the two right answers, and which patches that shape touches."
     clean: dict[str, Tensor]
     corrupted: dict[str, Tensor]
     right: Int[Tensor, "pair"]
     wrong: Int[Tensor, "pair"]
     scenes: Scenes
-    touched: Bool[Tensor, "pair place patch"]
+    touched: Bool[Tensor, "pair patch"]
 
     def __len__(self) -> int: return len(self.right)
 
@@ -73,6 +73,7 @@ class ColourPairs:
         import torch
         return {name: torch.cat([self.clean[name], self.corrupted[name]]) for name in self.clean}
 
+# %% ../../nbs/26_vision_language.ipynb #0687ceae
 def some_triples(n: int, draw: torch.Generator) -> Int[Tensor, "scene 3"]:
     "`n` triples, seen and held-out ones alike."
     import torch
@@ -89,7 +90,7 @@ def colour_pairs(n: int, draw: torch.Generator) -> ColourPairs:
     pictures = draw_pictures(scenes, draw)
     draw.set_state(state)
     inputs = [{"input_ids": ask(scenes, "colour")[0], "pixel_values": seen.inputs} for seen in (pictures, draw_pictures(other, draw))]
-    return ColourPairs(*inputs, ask(scenes, "colour")[1], ask(other, "colour")[1], scenes, pictures.touched)
+    return ColourPairs(*inputs, ask(scenes, "colour")[1], ask(other, "colour")[1], scenes, pictures.touched[torch.arange(n), scenes.target])
 
 # %% ../../nbs/26_vision_language.ipynb #178326bd
 def answered(model: TransformerBridge, pairs: ColourPairs) -> ColourPairs:
@@ -97,18 +98,18 @@ def answered(model: TransformerBridge, pairs: ColourPairs) -> ColourPairs:
     said = look(model, pairs.both)[0][:, -1].argmax(-1).view(2, -1)
     return pairs.some(((said[0] == pairs.right) & (said[1] == pairs.wrong)).nonzero()[:, 0])
 
-# %% ../../nbs/26_vision_language.ipynb #2dc05e52
+# %% ../../nbs/26_vision_language.ipynb #007bb5e0
 def patch_regions(pairs: ColourPairs, draw: torch.Generator) -> dict[str, Bool[Tensor, "pair patch"]]:
     "The patches that the target touches, the others, and as many random ones of these."
     import torch
-    own = pairs.touched[torch.arange(len(pairs)), pairs.scenes.target]
+    own = pairs.touched
     rank = torch.rand(own.shape, generator=draw).masked_fill(own, 2.0).argsort(1).argsort(1)
     return {"touched": own, "rest": ~own, "random": rank < own.sum(1, keepdim=True)}
 
 def position_regions(pairs: ColourPairs) -> dict[str, Bool[Tensor, "pair pos"]]:
     "The same among the positions of the prompts, and the parts of the question."
     import torch
-    own = pairs.touched[torch.arange(len(pairs)), pairs.scenes.target]
+    own = pairs.touched
     n, n_pos = pairs.clean["input_ids"].shape
     at = lambda *positions: torch.zeros(n, n_pos, dtype=torch.bool).index_fill(1, torch.tensor(positions), True)
     wide = lambda mask: torch.nn.functional.pad(mask, (0, n_pos - N_PATCHES))
@@ -168,7 +169,7 @@ def position_names(pairs: ColourPairs) -> list[str]:
     "Names of the positions: patches by row and column, and the words."
     return [f"patch {i // 4 + 1}.{i % 4 + 1}" for i in range(N_PATCHES)] + ["what", "colour", "is", "the", "shape's word", "?"]
 
-# %% ../../nbs/26_vision_language.ipynb #a9888951
+# %% ../../nbs/26_vision_language.ipynb #c4e38e84
 def two_others(two: Sequence[tuple[int, int]], n_heads: int) -> list[list[tuple[int, int]]]:
     "All choices of two other heads of the same layers."
     others = [[(layer, head) for head in range(n_heads) if (layer, head) not in two] for layer, _ in two]
@@ -193,14 +194,14 @@ def heads_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float
     metric = logit_diff(reader, pairs.right, pairs.wrong)
     table = patch_scan(reader, clean, corrupted, metric=metric).to_frame().query(f"pos == {clean.shape[1] - 1}").drop(columns=["clean_token", "corrupted_token"])
     attention = extract_attention(reader, clean).patterns[:, :, :, -1, :N_PATCHES]                # layer, head, pair, patch
-    own = pairs.touched[torch.arange(len(pairs)), pairs.scenes.target].double()
+    own = pairs.touched.double()
     on_own = ((attention * own).sum(-1) / attention.sum(-1)).mean(-1)
     table = table.assign(on_picture=attention.sum(-1).mean(-1).flatten().numpy(), on_touched=on_own.flatten().numpy(), chosen=[two.index(place) + 1 if place in two else 0 for place in zip(table.layer, table["head"])])
     ran = run_pairs(reader, clean, corrupted, ["z"], metric, "denoise", MEMORY)
     others = [carried(ran, pair) for pair in two_others(two, model.cfg.n_heads)]
     return {"heads": table}, {"best_head": carried(ran, two[:1]), "two_heads": carried(ran, two), "other_heads": sum(others) / len(others), "best_layer": two[0][0], "best_on_picture": float(attention[two[0]].sum(-1).mean()), "best_on_touched": float(on_own[two[0]])}
 
-# %% ../../nbs/26_vision_language.ipynb #2b2b8857
+# %% ../../nbs/26_vision_language.ipynb #cab61570
 def lens_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     "How often the lens puts the shape's colour first among the colours, at its patches, at the others and at the last position."
     import pandas as pd, torch
@@ -209,7 +210,7 @@ def lens_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]
     if not subject.family.endswith("untrained"): pairs = answered(model, pairs)
     reader, clean, _ = _as_words(model, pairs)
     lens, ids = logit_lens(reader, clean, [*range(N_PATCHES), -1]), torch.tensor([WORDS.index(name) for name in COLOURS])
-    own, rows = pairs.touched[torch.arange(len(pairs)), pairs.scenes.target], []
+    own, rows = pairs.touched, []
     for depth, layer in enumerate(lens.layers):
         first = ids[lens.log_probabilities(layer)[..., ids].argmax(-1)]
         for name, labels in (("", pairs.right), ("other_", pairs.wrong)):
