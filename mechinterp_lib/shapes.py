@@ -103,7 +103,7 @@ def recoloured(scenes: Scenes, colour: Int[Tensor, "scene"]) -> Scenes:
     new[rows, scenes.target] = colour
     return replace(scenes, colour=new)
 
-# %% ../nbs/18_shapes.ipynb #ac5a93a6
+# %% ../nbs/18_shapes.ipynb #234ec429
 @dataclass(frozen=True, eq=False)
 class Pictures:
     "Pixels from 0 to 1 in steps of 1/255, and which patches each place's shape touches."
@@ -123,8 +123,11 @@ def _inside(dx: Float[Tensor, "scene y x"], dy: Float[Tensor, "scene y x"]) -> B
     return torch.stack([r <= 1, (ax <= 0.92) & (ay <= 0.92), (dy <= 0.85) & (ax <= (dy + 1) / 1.8), cross, (0.55 <= r) & (r <= 1), (ax <= 1) & (ay <= 0.35)], 1)
 
 def draw_pictures(scenes: Scenes, draw: torch.Generator, fine: int = 3) -> Pictures:
-    "Pictures of the scenes; each pixel is the mean of `fine` by `fine` points."
+    "Pictures of the scenes; each pixel is the mean of `fine` by `fine` points. They are drawn 256 at a time, which bounds the memory."
     import torch
+    if len(scenes) > 256:
+        parts = [draw_pictures(Scenes(*(value[start:start + 256] for value in (scenes.colour, scenes.shape, scenes.target))), draw, fine) for start in range(0, len(scenes), 256)]
+        return Pictures(*(torch.cat([getattr(part, name) for part in parts]) for name in ("pixels", "touched")))
     n, rows = len(scenes), torch.arange(len(scenes))
     points, rgb = (torch.arange(SIZE * fine) + 0.5) / fine, torch.tensor(list(COLOURS.values()))
     picture, touched = (0.35 + 0.3 * torch.rand(n, 1, 1, 1, generator=draw)).repeat(1, 3, SIZE * fine, SIZE * fine), []
