@@ -36,7 +36,7 @@ __all__ = ['EXPERIMENT', 'PAIRS', 'FEWER', 'EACH', 'FRESH', 'LAST', 'WORD', 'WHA
            'shapes_subjects', 'untrained_shapes', 'ColourPairs', 'some_triples', 'colour_pairs', 'answered',
            'patch_regions', 'position_regions', 'accuracy_of', 'says', 'exchanged', 'tower_of', 'position_names',
            'two_others', 'carried', 'heads_of', 'lens_of', 'circuit_of', 'without_of', 'accuracy_stage', 'way_stage',
-           'lens_stage', 'circuit_stage', 'predictions_stage']
+           'lens_stage', 'circuit_stage', 'predictions_stage', 'findings']
 
 # %% ../../nbs/26_vision_language.ipynb #4dd66da1
 def shapes_subjects() -> list[Subject]:
@@ -169,7 +169,7 @@ def position_names(pairs: ColourPairs) -> list[str]:
     "Names of the positions: patches by row and column, and the words."
     return [f"patch {i // 4 + 1}.{i % 4 + 1}" for i in range(N_PATCHES)] + ["what", "colour", "is", "the", "shape's word", "?"]
 
-# %% ../../nbs/26_vision_language.ipynb #01337751
+# %% ../../nbs/26_vision_language.ipynb #ead6c81d
 def two_others(two: Sequence[tuple[int, int]], n_heads: int) -> list[list[tuple[int, int]]]:
     "All choices of two other heads of the same layers."
     others = [[(layer, head) for head in range(n_heads) if (layer, head) not in two] for layer, _ in two]
@@ -197,7 +197,7 @@ def heads_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float
     for where, position in (("", LAST), ("word_", WORD)):
         two = [divmod(i, shares.shape[2]) for i in shares[:, position].flatten().argsort(descending=True)[:2].tolist()]
         looks = patterns[:, :, :, position, :N_PATCHES].double()                                 # layer, head, pair, patch
-        on_own = (looks * pairs.touched).sum((2, 3)) / looks.sum((2, 3))
+        on_own = ((looks * pairs.touched).sum(-1) / looks.sum(-1)).mean(-1)
         there = frame[frame.pos == clean.shape[1] + position]
         tables.append(there.assign(at=["the last position", "the shape's word"][where != ""], on_picture=looks.sum(-1).mean(-1).flatten().numpy(), on_touched=on_own.flatten().numpy(), chosen=[two.index(place) + 1 if place in two else 0 for place in zip(there.layer, there["head"])]))
         others = [carried(ran, pair, position) for pair in two_others(two, model.cfg.n_heads)]
@@ -328,3 +328,14 @@ def _models_missing() -> str | None: return None if shapes_subjects() else "no m
 STAGES = {name: Stage(make, {"pairs": PAIRS, "each": EACH, "fresh": FRESH}, range(3), _models, _models_missing) for name, make in (("accuracy", accuracy_stage), ("way", way_stage), ("lens", lens_stage))} | {
     "circuit": Stage(circuit_stage, {"pairs": FEWER, "fresh": FRESH}, range(3), lambda: [*_models(), *stored_tables(EXPERIMENT, ["heads"])], lambda: _models_missing() or tables_missing(EXPERIMENT, ["heads"])),
     "predictions": Stage(predictions_stage, {"predictions": len(PREDICTED) + len(CONTROLS)}, range(3), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES))}
+
+# %% ../../nbs/26_vision_language.ipynb #824c72e3
+def findings(results: dict[str, Result]) -> list[str]:
+    "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
+    sentences = [
+        ("Three small vision-language models, trained here on pictures of coloured shapes, answer {} of the questions about colours on new pictures, {} about places; of combinations of colour, shape and place that they never saw {} and {}. With another scene's picture {} of the colours are right.", "shapes_right_colour", "shapes_right_place", "shapes_right_held_colour", "shapes_right_held_place", "shapes_blind_colour"),
+        ("In them a colour stays where it is: exchanged between two pictures that differ in one shape's colour, the four patches of the shape turn {} of the answers on their way out of the vision tower's projector, all other patches together {}.", "shapes_tower_touched_out", "shapes_tower_rest_out"),
+        ("It is read in the decoder's first layer, at the word that names the shape: behind that layer the picture turns {} of the answers, that word {}; two heads bring {} of the difference there, and {} of what the first looks at in the picture are the shape's patches. Behind the second layer the last position turns {}.", "shapes_decoder_picture_1", "shapes_decoder_word_1", "shapes_word_two_heads", "shapes_word_best_on_touched", "shapes_decoder_last_2"),
+        ("No patch says its colour: the logit lens puts it first among six at {} of the shape's patches at the decoder's end, at {} in untrained models.", "shapes_lens_touched_3", "shapes_untrained_lens_touched_3"),
+        ("A circuit of {} of the decoder's edges does {} of the work on pictures that did not choose it. Without the two heads that read at the word {} of the answers about colours are lost, {} about shapes, {} about places, {} about numbers; without the two that carry most at the last position {}, {}, {}, {}.", "shapes_edge_share", "shapes_faithfulness", *(f"shapes_lost_{gone}_{question}" for gone in ("readers", "two") for question in QUESTIONS))]
+    return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
