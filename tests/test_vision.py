@@ -222,7 +222,7 @@ def test_a_checkpoint_with_its_processor_is_what_transformers_makes_of_it(tmp_pa
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_model_is_right_about_new_pictures(name):
     model = load_model(name, device="cpu")
-    table = right_answers(model.original_model, generator("shapes", "of the tests", name), 25)
+    table = right_answers(model.original_model, generator("shapes", "of the tests", name), 10)
     for (question, _), cells in table.groupby(["question", "held"]): assert cells.right.sum() / cells.n.sum() >= 0.97, (question, len(cells))
     by_chance = right_answers(new_shapes_model(0).eval(), generator("shapes", "of the tests", name), 2)
     assert by_chance.right.sum() / by_chance.n.sum() < 0.45
