@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, has_component, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
 from .activation_patching import find_circuit as find_by_paths
 from .core import InputError, check_choice, check_number, check_range, generator
-from .interventions import MEMORY, Edit, check_model, differentiable_run, head_changes, head_weights, heads_alone, tolerance
+from .interventions import MEMORY, Edit, check_model, differentiable_run, head_changes, head_weights, heads_alone, norm_behind, tolerance
 from .models import head_label
 from .statistics import auroc, map_intervals
 
@@ -425,7 +425,7 @@ def _patched_nodes(pairs: Pairs, graph: Graph) -> Float[Tensor, "pair sender"]:
     for i, (name, parts) in enumerate(graph.senders.items()):
         rows = torch.arange(pairs.n) + i * pairs.n
         for part in parts:
-            if part.component != "z" or not hasattr(pairs.replay.model.blocks[part.layer], "ln1_post"): edits.append(put_part(part, rows, pairs.source(part.component, part.layer)))
+            if part.component != "z" or norm_behind(pairs.replay.model, part.layer) is None: edits.append(put_part(part, rows, pairs.source(part.component, part.layer)))
             else: edits.append(Edit("attn_out", part.layer, rows, pairs.base("attn_out", part.layer) + sender_changes(pairs, {name: parts})[0]))       # behind the norm: other heads keep their share
     edits.append(Edit("resid_pre", 0, torch.arange(pairs.n), pairs.source("resid_pre", 0)))
     return pairs.run(edits, torch.arange(pairs.n).repeat(len(graph.senders))).view(-1, pairs.n).T

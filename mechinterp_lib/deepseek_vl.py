@@ -44,6 +44,7 @@ def language_config_class() -> type[PretrainedConfig]:
     "The decoder's configuration; `InputError` for rotary positions that are scaled."
     base = _part("DeepseekVLV2Decoder", "deepseek_v2", _LANGUAGE)
     def start(self, rope_theta=None, rope_scaling=None, rope_parameters=None, **given):
+        "Read a checkpoint's `language_config`."
         self.rope_parameters = {"rope_type": "default", "rope_theta": float(rope_theta or 10_000.0), **(rope_parameters or {})}
         if rope_scaling or self.rope_parameters["rope_type"] != "default": raise InputError("language_config", rope_scaling or rope_parameters, "allowed: no rope_scaling, as in the published checkpoints")
         base.__init__(self, **given)
@@ -94,6 +95,7 @@ def tower_class() -> type[nn.Module]:
             super().__init__()
             self.num_heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
         def forward(self, hidden_states, **_):
+            "`[tile, patch, width]`, what attention adds, and None in the place of patterns."
             q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(hidden_states).chunk(3, -1))
             return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
     class TowerBlock(nn.Module):
@@ -102,6 +104,7 @@ def tower_class() -> type[nn.Module]:
             self.norm1, self.norm2, self.attn = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6), TowerAttention(width, heads)
             self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), act=nn.GELU("tanh"), fc2=nn.Linear(hidden, width)))
         def forward(self, hidden_states, **_):
+            "The stream `[tile, patch, width]` behind the block."
             middle = hidden_states + self.attn(self.norm1(hidden_states))[0]
             return middle + self.mlp(self.norm2(middle))
     class Tower(nn.Module):
@@ -113,6 +116,7 @@ def tower_class() -> type[nn.Module]:
             self.blocks = nn.ModuleList(TowerBlock(width, config.heads, int(width * config.mlp_ratio)) for _ in range(config.layers))
             self.norm = nn.LayerNorm(width, eps=1e-6)
         def forward(self, images):
+            "`[tile, 3, height, width]` to `[tile, patch, width]`, the last norm taken."
             stream = self.embeddings(self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed)
             for block in self.blocks: stream = block(stream)
             return self.norm(stream)
@@ -132,6 +136,7 @@ def projector_class() -> type[nn.Module]:
             layers = [layer for fan_in, fan_out in zip(widths, widths[1:]) for layer in (nn.GELU(), nn.Linear(fan_in, fan_out))][1:]
             self.layers = {"identity": nn.Identity(), "linear": nn.Linear(config.input_dim, config.n_embed)}.get(config.projector_type, nn.Sequential(*layers))
         def forward(self, features):
+            "`[tile, patch, width]` to `[tile, place, d_model]`."
             if self.ratio > 1:
                 side = math.isqrt(features.shape[1])
                 grid = nn.functional.pad(features.transpose(1, 2).unflatten(2, (side, side)), (0, -side % self.ratio) * 2)
@@ -214,6 +219,7 @@ def experts_class() -> type[nn.Module]:
             self.experts = nn.ModuleList(DeepseekV2MLP(config, intermediate_size=width) for _ in range(config.n_routed_experts))
             if config.n_shared_experts: self.shared_experts = DeepseekV2MLP(config, intermediate_size=width * config.n_shared_experts)
         def forward(self, hidden_states):
+            "`[batch, pos, d_model]`, what the chosen experts and the shared ones add."
             flat = hidden_states.flatten(0, -2)
             weights, chosen = route(self.gate(hidden_states).flatten(0, -2), self.config, self.gate.e_score_correction_bias)
             mixed = torch.zeros(flat.shape, dtype=weights.dtype, device=flat.device)
@@ -261,7 +267,6 @@ def decoder_class() -> type[nn.Module]:
 def model_class() -> type[nn.Module]:
     "DeepSeek-VL2 as a model of transformers, with the weights' names of the published checkpoints."
     import torch
-    from torch import nn
     from transformers import GenerationMixin, PreTrainedModel
     class DeepseekVLV2ForCausalLM(PreTrainedModel, GenerationMixin):
         config_class, base_model_prefix, _supports_sdpa = config_class(), "", True
@@ -270,7 +275,7 @@ def model_class() -> type[nn.Module]:
             super().__init__(config)
             check_config(config)
             self.vision, self.projector = tower_class()(config.vision_config), projector_class()(config.projector_config)
-            self.image_newline, self.view_seperator = (nn.Parameter(torch.randn(config.projector_config.n_embed) / config.projector_config.n_embed**0.5) for _ in range(2))
+            self.image_newline, self.view_seperator = (torch.nn.Parameter(torch.randn(config.projector_config.n_embed) / config.projector_config.n_embed**0.5) for _ in range(2))
             self.language = decoder_class()(config.language_config)
             self.post_init()
         def get_decoder(self): return self.language.model
@@ -282,18 +287,20 @@ def model_class() -> type[nn.Module]:
             stream, rows = self.get_input_embeddings()(input_ids), check_pictures(self.config, input_ids, images, mask, crop)
             return picture_stream(self, stream, rows, images, mask) if any(rows) else stream
         def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, images=None, pixel_values=None, images_seq_mask=None, images_spatial_crop=None, **kwargs):
+            "What transformers gives: `.logits` `[batch, pos, d_vocab]`; `InputError` where pictures and tokens do not fit together."
             if images is not None and pixel_values is not None: raise InputError("pixel_values", tuple(pixel_values.shape), "allowed: images or pixel_values, which are two names of the same")
             if inputs_embeds is None: inputs_embeds = self.embed(input_ids, pixel_values if images is None else images, images_seq_mask, images_spatial_crop)
             return self.language(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         def adjust_generation_fn(self, *args, **kwargs):
+            "Take the begin and end tokens from the decoder's configuration."
             super().adjust_generation_fn(*args, **kwargs)                       # looks for the decoder's begin and end tokens elsewhere
             for name in ("bos_token_id", "eos_token_id"):
                 if getattr(self.generation_config, name) is None: setattr(self.generation_config, name, getattr(self.config.language_config, name))
         def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+            "The inputs of the next step, pictures in the first alone."
             inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
-            if past_key_values is not None and past_key_values.get_seq_length():
-                for name in ("images", "pixel_values", "images_seq_mask", "images_spatial_crop"): inputs.pop(name, None)       # they were read with the first tokens
-            return inputs
+            read = ("images", "pixel_values", "images_seq_mask", "images_spatial_crop") if past_key_values is not None and past_key_values.get_seq_length() else ()
+            return {name: value for name, value in inputs.items() if name not in read}
     return DeepseekVLV2ForCausalLM
 
 # %% ../nbs/04_deepseek_vl.ipynb #8453dac9
@@ -322,6 +329,7 @@ def tower_attention_class() -> type[nn.Module]:
             self.hook_q, self.hook_k, self.hook_v, self.hook_attn_scores, self.hook_pattern = (HookPoint() for _ in range(5))
             submodules["o"].hook_in.hook_conversion = RearrangeTensorConversion("tile patch (head width) -> tile patch head width", head=heads)
         def forward(self, hidden_states, *_, **__):
+            "`[tile, patch, width]`, what attention adds, and the pattern `[tile, head, query, key]`; all of it goes on from what hooks return."
             stream, heads = self.hook_in(hidden_states), self.config.n_heads
             parts = self.qkv(stream).chunk(3, -1) if "qkv" in self.submodules else (self.q(stream), self.k(stream), self.v(stream))
             q, k, v = (hook(part.unflatten(-1, (heads, -1))) for hook, part in zip((self.hook_q, self.hook_k, self.hook_v), parts))

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'check_model', 'check_names', 'capture',
            'dataset_rows', 'replaced', 'Edit', 'position_first', 'each_edit', 'naive_run', 'Replay', 'tolerance',
-           'check_read', 'heads_alone', 'head_weights', 'head_changes', 'differentiable_run', 'norm_gain']
+           'check_read', 'norm_behind', 'heads_alone', 'head_weights', 'head_changes', 'differentiable_run',
+           'norm_gain']
 
 # %% ../nbs/06_interventions.ipynb #2240d37e
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
@@ -58,7 +59,7 @@ def check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], att
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != 2 or tokens.dtype not in whole or 0 in tokens.shape:
         was = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise InputError(argument, was, "allowed: an integer tensor [batch, pos] with at least one prompt and one token")
-    low, high, n_ctx, known = int(tokens.min()), int(tokens.max()), model.cfg.n_ctx, model.cfg.d_vocab + vars(model).get("picture_words", 0)   # of a picture's patches, chapter 17
+    low, high, n_ctx, known = int(tokens.min()), int(tokens.max()), model.cfg.n_ctx, model.cfg.d_vocab + vars(model).get("picture_words", 0)   # of the patches of pictures, where they are read as words
     if low < 0 or high >= known: raise InputError(argument, f"ids {low} to {high}", f"allowed: 0 to {known - 1}")
     if n_ctx and tokens.shape[1] > n_ctx: raise InputError(argument, f"{tokens.shape[1]} positions", f"the model's context has {n_ctx}")
     if attention_mask is not None:
@@ -1337,7 +1338,7 @@ def _activation(replay: Replay, edits: Iterable[Edit], component: str, layer: in
 Replay.activation = _activation
 
 # %% ../nbs/06_interventions.ipynb #8a18d162
-def _norm_behind(model: TransformerBridge, layer: int) -> nn.Module | None:
+def norm_behind(model: TransformerBridge, layer: int) -> nn.Module | None:
     "The norm through which a layer's attention joins the stream (Gemma 2), or None."
     return getattr(getattr(model.blocks[layer], "ln1_post", None), "original_component", None)
 
@@ -1349,7 +1350,7 @@ def heads_alone(replay: Replay, layer: int, prompts: Sequence[int] | None = None
     which = torch.tensor([check_range("prompts", prompt, 0, replay.batch) for prompt in (range(replay.batch) if prompts is None else prompts)], dtype=torch.long)
     if not len(which): raise InputError("prompts", prompts, "at least one is needed")
     z = replay.kept["z"][layer][which.to(replay.tokens.device)]
-    if _norm_behind(replay.model, layer) is not None and (written := head_changes(replay, layer, z)) is not None: return written.movedim(2, 0), torch.zeros_like(written[:, :, 0])
+    if norm_behind(replay.model, layer) is not None and (written := head_changes(replay, layer, z)) is not None: return written.movedim(2, 0), torch.zeros_like(written[:, :, 0])
     alone = z * torch.eye(z.shape[2] + 1, z.shape[2]).to(z)[:, None, None, :, None]
     out = replay.activation([Edit("z", layer, torch.arange(alone[:, :, 0, 0, 0].numel()), alone.flatten(0, 1))], "attn_out", layer, which.repeat(len(alone))).unflatten(0, alone.shape[:2])
     return out[:-1] - out[-1], out[-1]
@@ -1368,7 +1369,7 @@ def head_weights(replay: Replay, part: str, layer: int) -> tuple[Float[Tensor, "
     if mark in replay.known.components: return weight, bias
     if part == "o": made = torch.einsum("phn,hnw->pw", replay.kept["z"][layer][:, -1], weight) + bias
     else: made = torch.einsum("pw,hwn->phn", norm(replay.kept["resid_pre"][layer][:, -1]), weight) + bias
-    if part == "o" and (behind := _norm_behind(replay.model, layer)) is not None: made = behind(made).detach()
+    if part == "o" and (behind := norm_behind(replay.model, layer)) is not None: made = behind(made).detach()
     if made.shape != wanted.shape or not (made - wanted).abs().max() <= tolerance(wanted) * wanted.abs().max(): return None
     replay.known.components.add(mark)                                                           # true for prompts of this shape, as long as the model stays as it is
     return weight, bias
@@ -1380,7 +1381,7 @@ def head_changes(replay: Replay, layer: int, z: Float[Tensor, "row pos head d_he
     constant in front of that norm. `InputError` where the norm is more than a scale."""
     import torch
     if (own := head_weights(replay, "o", layer)) is None: return None
-    (weight, bias), behind, chosen = own, _norm_behind(replay.model, layer), slice(None) if heads is None else list(heads)
+    (weight, bias), behind, chosen = own, norm_behind(replay.model, layer), slice(None) if heads is None else list(heads)
     less = lambda new, old: new if old is None else (new.unflatten(0, (-1, len(old))) - old).flatten(0, 1)
     if behind is None: return torch.einsum("rphn,hnw->rphw", less(z, before)[:, :, chosen], weight[chosen])
     if bias.any(): return None

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-from .core import InputError, check_choice, check_range, generator, pick_device, seeded
+from .core import InputError, check_choice, check_range, generator, seeded
 from .models import check_model_folder, save_model
 from .training import Recipe, Run, model_dir, optimizer_for, optimizer_step, learning_rate, load_weights, resume, run_dir, run_to
 
@@ -196,7 +196,7 @@ def new_shapes_model(seed: int, recipe: ShapesRecipe = SHAPES_RECIPE) -> LlavaFo
 def answer_logits(module: nn.Module, pixels: Float[Tensor, "picture channel y x"], prompts: Sequence[tuple[Int[Tensor, "row"], Int[Tensor, "row pos"]]]) -> Float[Tensor, "rows d_vocab"]:
     "The logits behind each prompt, given as (the picture of each row, tokens) for prompts of one length; each picture is looked at once."
     import torch
-    seen, out = torch.stack(module.model.get_image_features(pixel_values=pixels).pooler_output), []
+    seen = torch.stack(module.model.get_image_features(pixel_values=pixels).pooler_output)
     longest = max(tokens.shape[1] for _, tokens in prompts)
     which, tokens = torch.cat([rows for rows, _ in prompts]), torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1])) for _, part in prompts])
     last = torch.cat([torch.full((len(part),), part.shape[1] - 1) for _, part in prompts])        # what stands behind the question is not looked at

@@ -7,13 +7,12 @@ from mechinterp_lib.circuits import edge_attribution
 from mechinterp_lib.core import InputError, generator, home, seeded
 from mechinterp_lib.interventions import COMPONENTS, Replay, each_edit, naive_run
 from mechinterp_lib.logit_lens import direct_logit_attribution, fit_tuned_lens, logit_lens
-from mechinterp_lib.models import list_models, load_model
+from mechinterp_lib.models import list_models, load_model, save_model
 from mechinterp_lib.neuron_analysis import find_max_activating_examples
 from mechinterp_lib.sae import activations_at, train_sae
 from mechinterp_lib.shapes import COLOURS, PROCESSOR, QUESTIONS, SHAPES_RECIPE, TOKENIZER, ask, draw_pictures, draw_scenes, new_shapes_model, right_answers, shapes_tokenizer, train_shapes, triples
-from mechinterp_lib.models import save_model
-from test_deepseek_vl import KINDS, prompt, vl_prompt, write as write_vl2, write_vl
 from mechinterp_lib.vision import check_inputs, is_live, load_processor, look, picture_positions, pictures_as_words, region_scan, tower_points, tower_scan
+from test_deepseek_vl import KINDS, prompt, vl_prompt, write as write_vl2, write_vl
 
 SHIPPED = [name for name in list_models() if name.startswith("shapes/")]
 TOWERS = {

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Callable, Sequence
 
@@ -17,7 +17,7 @@ from ..core import Result, Stage, generator, home, load_table
 from ..interventions import MEMORY, Edit
 from ..logit_lens import logit_lens
 from ..models import as_bridge, head_label, list_models, load_model
-from ..shapes import COLOURS, N_PATCHES, QUESTIONS, WORDS, Scenes, ask, draw_counts, draw_pictures, draw_scenes, new_shapes_model, recoloured, right_answers, shapes_tokenizer, triples
+from ..shapes import COLOURS, N_PATCHES, QUESTIONS, WORDS, ask, draw_counts, draw_pictures, draw_scenes, new_shapes_model, recoloured, right_answers, shapes_tokenizer, triples
 from ..statistics import wilson_interval
 from ..subjects import Passes, Subject, as_predicted, brief, gathered, stored_tables, tables_missing
 from ..vision import look, pictures_as_words, region_scan, tower_scan
@@ -57,15 +57,13 @@ class ColourPairs:
     corrupted: dict[str, Tensor]
     right: Int[Tensor, "pair"]
     wrong: Int[Tensor, "pair"]
-    scenes: Scenes
     touched: Bool[Tensor, "pair patch"]
 
     def __len__(self) -> int: return len(self.right)
 
     def some(self, index: Int[Tensor, "some"]) -> ColourPairs:
         "Some of the pairs."
-        scenes = replace(self.scenes, colour=self.scenes.colour[index], shape=self.scenes.shape[index], target=self.scenes.target[index])
-        return ColourPairs({name: value[index] for name, value in self.clean.items()}, {name: value[index] for name, value in self.corrupted.items()}, self.right[index], self.wrong[index], scenes, self.touched[index])
+        return ColourPairs({name: value[index] for name, value in self.clean.items()}, {name: value[index] for name, value in self.corrupted.items()}, self.right[index], self.wrong[index], self.touched[index])
 
     @property
     def both(self) -> dict[str, Tensor]:
@@ -90,7 +88,7 @@ def colour_pairs(n: int, draw: torch.Generator) -> ColourPairs:
     pictures = draw_pictures(scenes, draw)
     draw.set_state(state)
     inputs = [{"input_ids": ask(scenes, "colour")[0], "pixel_values": seen.inputs} for seen in (pictures, draw_pictures(other, draw))]
-    return ColourPairs(*inputs, ask(scenes, "colour")[1], ask(other, "colour")[1], scenes, pictures.touched[torch.arange(n), scenes.target])
+    return ColourPairs(*inputs, ask(scenes, "colour")[1], ask(other, "colour")[1], pictures.touched[torch.arange(n), scenes.target])
 
 # %% ../../nbs/26_vision_language.ipynb #178326bd
 def answered(model: TransformerBridge, pairs: ColourPairs) -> ColourPairs:
@@ -109,16 +107,14 @@ def patch_regions(pairs: ColourPairs, draw: torch.Generator) -> dict[str, Bool[T
 def position_regions(pairs: ColourPairs) -> dict[str, Bool[Tensor, "pair pos"]]:
     "The same among the positions of the prompts, and the parts of the question."
     import torch
-    own = pairs.touched
     n, n_pos = pairs.clean["input_ids"].shape
     at = lambda *positions: torch.zeros(n, n_pos, dtype=torch.bool).index_fill(1, torch.tensor(positions), True)
     wide = lambda mask: torch.nn.functional.pad(mask, (0, n_pos - N_PATCHES))
-    return {"touched": wide(own), "rest": wide(~own), "picture": at(*range(N_PATCHES)), "before": at(*range(N_PATCHES, n_pos - 2)), "word": at(n_pos - 2), "last": at(n_pos - 1)}
+    return {"touched": wide(pairs.touched), "rest": wide(~pairs.touched), "picture": at(*range(N_PATCHES)), "before": at(*range(N_PATCHES, n_pos - 2)), "word": at(n_pos - 2), "last": at(n_pos - 1)}
 
 # %% ../../nbs/26_vision_language.ipynb #df482b1d
 def accuracy_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     "How often a model is right, triple by triple; and with another scene's picture."
-    import numpy as np
     model = subject.open()
     table, blind = (right_answers(model.original_model, generator("shapes", "test", subject.seed), EACH, shuffled=shuffled) for shuffled in (False, True))
     table["share"] = table.right / table.n
@@ -165,7 +161,7 @@ def _as_words(model: TransformerBridge, pairs: ColourPairs) -> tuple[Transformer
     reader, tokens = pictures_as_words(model, pairs.both)
     return reader, *tokens.chunk(2)
 
-def position_names(pairs: ColourPairs) -> list[str]:
+def position_names() -> list[str]:
     "Names of the positions: patches by row and column, and the words."
     return [f"patch {i // 4 + 1}.{i % 4 + 1}" for i in range(N_PATCHES)] + ["what", "colour", "is", "the", "shape's word", "?"]
 
@@ -229,14 +225,13 @@ def circuit_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, flo
     for purpose in ("pairs", "fresh pairs"):
         pairs = answered(model, colour_pairs(FEWER, generator(EXPERIMENT, purpose, subject.seed)))
         reader, clean, corrupted = _as_words(model, pairs)
-        tasks.append((reader, Task("colour", clean, corrupted, logit_diff(reader, pairs.right, pairs.wrong), position_names(pairs))))
+        tasks.append((reader, Task("colour", clean, corrupted, logit_diff(reader, pairs.right, pairs.wrong), position_names())))
     circuit = find_circuit(*tasks[0])
     found = evaluate_circuit(*tasks[1], circuit, n_subsets=1, n_random=100, greedy=0)
     return {"circuit": circuit}, {"edges": found.n_edges, "edge_share": found.n_edges / found.total, "faithfulness": found.faithfulness, "necessity": found.necessity, "best_matched": max(found.matched), "best_random": max(found.random), "most_outside": max(found.outside)}
 
 def _asked(model: TransformerBridge, question: str, draw: torch.Generator) -> tuple[TransformerBridge, Int[Tensor, "prompt pos"], Int[Tensor, "prompt"]]:
     "New pictures of all triples and a question about each, as words, and the answers."
-    import torch
     scenes = draw_counts(FRESH, draw) if question == "count" else draw_scenes(some_triples(FRESH, draw), draw)
     prompts, answers = ask(scenes, question)
     order = prompts[:, -2].argsort(stable=True)                                                   # prompts with the same word one after the other
