@@ -226,6 +226,12 @@ def _look(chat: Chat, command: str, argument: str) -> None:
 
 
 # %% ../nbs/30_cli.ipynb #1ea732f8
+def _piped_line() -> str:
+    "A line of a file or a pipe, written behind the prompt as one that is typed would be."
+    line = input("> ")
+    print(line)
+    return line
+
 def cmd_chat(args: argparse.Namespace) -> int:
     "Talk with a model, and look into its replies."
     from mechinterp_lib.models import load_model
@@ -234,7 +240,7 @@ def cmd_chat(args: argparse.Namespace) -> int:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):               # what is no text is refused line by line; a terminal that lacks a letter shows another
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors=errors)
     while True:
-        try: line = input("> ")
+        try: line = input("> ") if sys.stdin.isatty() else _piped_line()
         except EOFError: return print() or 0
         except KeyboardInterrupt: print(); continue
         command, _, argument = line.strip().partition(" ")

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CORPORA', 'WORDINGS', 'PLACES', 'PROBLEM_ALPHABET', 'SPLITS', 'PROBLEM_FILES', 'fetch', 'has_corpus', 'corpus_path',
-           'load_text', 'char_tokenizer', 'encode', 'split', 'windows', 'random_windows', 'repeated_random',
-           'repeated_natural', 'periodic', 'training_repeats', 'mixed_batch', 'addition_problems', 'split_problems',
-           'check_splits', 'spell', 'write_problems', 'read_problems', 'EncodedProblems', 'encode_problems']
+           'load_text', 'char_tokenizer', 'unknown_id', 'encode', 'split', 'windows', 'random_windows',
+           'repeated_random', 'repeated_natural', 'periodic', 'training_repeats', 'mixed_batch', 'addition_problems',
+           'split_problems', 'check_splits', 'spell', 'write_problems', 'read_problems', 'EncodedProblems',
+           'encode_problems']
 
 # %% ../nbs/03_data.ipynb #1b83ba6a
 _GITHUB = "https://raw.githubusercontent.com/"
@@ -85,10 +86,14 @@ def char_tokenizer(text: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
+def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    "The id that stands for whatever the vocabulary lacks, if there is one; a tokenizer.json alone may say it."
+    if tokenizer.unk_token_id is not None: return tokenizer.unk_token_id
+    return tokenizer.get_vocab().get(getattr(tokenizer.backend_tokenizer.model, "unk_token", None))
+
 def _unknown(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
     "The characters of `text` that the vocabulary lacks; of a vocabulary of words, the words."
-    vocabulary, unknown = tokenizer.get_vocab(), tokenizer.unk_token_id
-    if unknown is None: unknown = vocabulary.get(getattr(tokenizer.backend_tokenizer.model, "unk_token", None))      # what a tokenizer.json alone says
+    vocabulary, unknown = tokenizer.get_vocab(), unknown_id(tokenizer)
     if max(map(len, vocabulary)) == 1: return sorted(set(text) - vocabulary.keys())
     def lacking(pieces: Iterable[str]) -> list[str]: return [piece for piece in sorted(set(pieces)) if unknown in tokenizer.encode(piece, add_special_tokens=False)]
     if unknown is None or not lacking([text]): return []
@@ -99,8 +104,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Int[Tensor, "pos"]:
     import torch
     vocabulary = tokenizer.get_vocab()
     if missing := _unknown(tokenizer, text):
-        what, joint = ("characters", "") if max(map(len, missing)) == 1 else ("words", " ")
-        raise InputError("text", joint.join(missing[:20]), f"these {len(missing)} {what} are not among the {len(vocabulary)} of the vocabulary")
+        what, joint = ("character", "") if max(map(len, missing)) == 1 else ("word", " ")
+        raise InputError("text", joint.join(missing[:20]), f"{len(missing)} {what}{'s'[:len(missing) != 1]} not among the {len(vocabulary)} of the vocabulary")
     if max(map(len, vocabulary)) > 1: return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)
     return torch.tensor([vocabulary[character] for character in text], dtype=torch.long)
 

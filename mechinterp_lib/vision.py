@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 from .activation_patching import Metric, Scan
 from .core import InputError, check_choice, home
+from .data import unknown_id
 from .interventions import _bare, capture, check_model, check_names, check_tokens, replaced, tolerance
 from .models import as_bridge, shipped_name
 
@@ -36,12 +37,13 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     except Exception as error: raise InputError("name", str(name), f"its processor cannot be opened: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
 
 def check_inputs(model: TransformerBridge, inputs: Mapping[str, Any], argument: str = "inputs") -> dict[str, Any]:
-    "What a processor made, on the model's device; `InputError` unless `input_ids` `[batch, pos]` and finite `pixel_values` are among it, and nothing is padded."
+    "What a processor made, on the model's device; `InputError` unless `input_ids` `[batch, pos]` and finite `pixel_values` are among it, nothing is padded, and every word is one that the tokenizer knows."
     import torch
     if not isinstance(inputs, Mapping) or {"input_ids", "pixel_values"} - set(inputs): raise InputError(argument, sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__, "allowed: a mapping with input_ids and pixel_values, as a processor makes it")
-    if not vars(model.cfg).get("is_multimodal") or vars(model).get("picture_words"): raise InputError("model", type(model.original_model).__name__, "it reads no pictures")
+    if not vars(model.cfg).get("is_multimodal") or vars(model).get("picture_words"): raise InputError("model", model.cfg.model_name or type(model.original_model).__name__, "it reads no pictures")
     ids, mask = check_tokens(model, inputs["input_ids"], inputs.get("attention_mask"), f"{argument}['input_ids']")
     if mask is not None and not mask.all(): raise InputError(f"{argument}['attention_mask']", "padding", "allowed: prompts of equal length")
+    if model.tokenizer is not None and (unknown := unknown_id(model.tokenizer)) is not None and (ids == unknown).any(): raise InputError(f"{argument}['input_ids']", model.tokenizer.decode([unknown]), f"a word that the tokenizer does not know, at position {(ids == unknown).nonzero()[0, 1].item()}")
     pixels = inputs["pixel_values"]
     if not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point() or not pixels.isfinite().all(): raise InputError(f"{argument}['pixel_values']", getattr(pixels, "dtype", type(pixels).__name__), "allowed: a tensor of finite floating-point numbers")
     told = {name: value.to(ids.device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}

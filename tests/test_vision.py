@@ -230,3 +230,10 @@ def test_a_shipped_model_is_right_about_new_pictures(name):
     inputs = processor(text=["<image> " + shapes_tokenizer().decode(row[16:]) for row in ask(scenes, "colour")[0]], images=[(one * 255).round().byte() for one in draw_pictures(scenes, generator("shown")).pixels], return_tensors="pt")
     assert (look(model, inputs)[0][:, -1].argmax(-1) == ask(scenes, "colour")[1]).float().mean() >= 0.75
     assert sum(file.stat().st_size for file in (home() / "models" / "shapes").rglob("*")) < 10e6
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_refused():
+    model, processor = load_model("shapes/seed0", device="cpu"), load_processor("shapes/seed0")
+    def seen(text): return processor(text=text, images=torch.zeros(3, 32, 32, dtype=torch.uint8), return_tensors="pt")
+    assert look(model, seen("<image> what colour is the circle ?"))[0].shape[1] == 22
+    with pytest.raises(InputError, match="does not know, at position 20"): look(model, seen("<image> what colour is the hexagon ?"))
