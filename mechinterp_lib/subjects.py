@@ -16,7 +16,7 @@ from .core import Result, check_choice, home, results_dir
 from .data import char_tokenizer, encode, fetch, has_corpus, load_text
 from .models import as_bridge, list_models, load_model
 from .statistics import mean_result, rate_result, seeds_result
-from .training import ALPHABET, Recipe, kept_steps, load_recipe, snapshots, steps_done
+from .training import Recipe, alphabet, kept_steps, load_recipe, snapshots, steps_done
 
 if TYPE_CHECKING:
     import numpy as np, pandas as pd, torch
@@ -109,7 +109,7 @@ def passages(subject: Subject, model: TransformerBridge, length: int, n: int, dr
 # %% ../nbs/13_subjects.ipynb #5dd2a2bd
 def moments(recipe: Recipe, seed: int, steps: Sequence[int] | None = None) -> Iterator[tuple[int, TransformerBridge]]:
     "The kept moments of a training, in order, as (step, model): all that are here, or those at `steps`."
-    tokenizer = char_tokenizer(load_text(recipe.corpus) if recipe.corpus else ALPHABET)
+    tokenizer = char_tokenizer(alphabet(recipe))
     for step, module in snapshots(recipe, seed, steps): yield step, as_bridge(module, tokenizer)
 
 def some_steps(recipe: Recipe, seed: int) -> list[int]:

@@ -27,8 +27,8 @@ __all__ = ['ALPHABET', 'SNAPSHOTS', 'Recipe', 'gpt2', 'recipes', 'load_recipe', 
            'mixed_precision', 'use_float32_attention', 'use_byte_dropout', 'sums_of', 'problem_rows',
            'inputs_and_targets', 'training_batch', 'validation_rows', 'next_token_loss', 'validation',
            'validation_loss', 'answer_scores', 'right_shares', 'optimizer_step', 'training_step', 'run_dir', 'resume',
-           'steps_done', 'load_weights', 'snapshot_path', 'kept_steps', 'snapshots', 'Run', 'run_to', 'model_dir',
-           'train']
+           'steps_done', 'load_weights', 'snapshot_path', 'kept_steps', 'snapshots', 'Run', 'alphabet', 'run_to',
+           'model_dir', 'train']
 
 # %% ../nbs/05_training.ipynb #b75e0c6f
 @dataclass(frozen=True)
@@ -444,9 +444,13 @@ def _finished(run: Run) -> bool:
     best = min(run.log, key=lambda entry: entry["validation_loss"], default=None)
     return run.step == run.recipe.steps or best is not None and run.recipe.patience is not None and run.log[-1]["step"] - best["step"] >= run.recipe.patience
 
+def alphabet(recipe: Recipe) -> str:
+    "The text whose characters are a recipe's vocabulary: its corpus, or letters."
+    return load_text(recipe.corpus) if recipe.corpus else PROBLEM_ALPHABET if recipe.wordings else ALPHABET
+
 def _start(recipe: Recipe, seed: int, device: str) -> tuple[Run, PreTrainedTokenizerFast]:
     "A run at its last checkpoint, or at step 0."
-    text = load_text(recipe.corpus) if recipe.corpus else PROBLEM_ALPHABET if recipe.wordings else ALPHABET
+    text = alphabet(recipe)
     tokenizer = char_tokenizer(text)
     tokens = split(encode(tokenizer, text)) if recipe.corpus else (problem_rows(recipe, "train") if recipe.wordings else None, None)
     if d_vocab(recipe) != len(tokenizer): raise InputError("architecture", d_vocab(recipe), f"{recipe.corpus or 'a recipe without a corpus'} has a vocabulary of {len(tokenizer)} characters")
