@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Callable, Sequence
 import numpy as np
 
 from ..activation_patching import Task, copying_pairs, logit_diff
-from ..addition import ask, problems_of
+from ..addition import CHUNK, ask, evaluate_addition, problems_of
 from ..attention_analysis import copy_metrics, extract_attention, head_scores
 from ..circuits import Runner, edge_attribution, halves, matched_circuit, until_faithful
 from ..core import InputError, Result, Stage, generator
+from ..interventions import capture, hook_name
+from ..models import list_models, load_model
+from ..statistics import auroc, rate_result, seeds_result
 from ..data import PROBLEM_ALPHABET, repeated_random
-from ..subjects import in_parallel, key, kept, lasting_from, moments
+from ..subjects import Subject, gathered, in_parallel, key, kept, lasting_from, moments, passages, shipped_subjects
 from ..training import Recipe, gpt2, kept_steps, recipes, run_dir, snapshot_path, train
 
 if TYPE_CHECKING:
@@ -28,8 +31,10 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS', 'WIDTHS', 'courses', 'grid_recipe', 'grid',
-           'grown']
+__all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS', 'WIDTHS', 'PAIRS', 'RANDOM', 'PROMPTS',
+           'TEXTS', 'SETS', 'LEAST', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task', 'found_circuit',
+           'said_right', 'overlap', 'parts', 'moment', 'course_of', 'summed_up', 'risk', 'told', 'confidence',
+           'failing_sums', 'failing_copies', 'half_trained', 'copiers', 'failures_of']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -56,3 +61,195 @@ def grown(run: tuple[Recipe, int, int]) -> None:
     "Train `recipe` with `seed` until a step, if its weights at that step are not here; its moments stay in the cache."
     recipe, seed, until = run
     if not snapshot_path(recipe, seed, until).exists(): train(recipe, seed, run_dir(recipe, seed) / "model", device="cpu", until=until, progress=False)
+
+# %% ../../nbs/27_open_questions.ipynb #c05a2b87
+PAIRS, RANDOM = 96, 20
+
+def course_task(task: str, model: TransformerBridge, n: int = PAIRS) -> tuple[Task, Int[Tensor, "pair"]]:
+    "Pairs for copying or addition, and the right answers to the clean prompts: `n`, the same for every model."
+    if task == "copying":
+        clean, corrupted, answer, wrong, names = copying_pairs(n, model.cfg.d_vocab, generator(EXPERIMENT, "pairs"), match=3, gap=3)
+        return Task(task, clean, corrupted, logit_diff(model, answer, wrong), names), answer
+    asked = ask(model, problems_of("test", length=2).head(3 * n), "tens")
+    other = np.random.default_rng(0).permutation(len(asked.rows))
+    pairs = [(one, two) for one, two in enumerate(other) if asked.token[one] != asked.token[two]][:n]
+    one, two = (asked.some(rows) for rows in np.array(pairs).T)
+    return Task(task, one.rows, two.rows, logit_diff(model, one.token, two.token, int(one.at[0])), model.to_str_tokens(one.rows[0])), one.token
+
+def found_circuit(model: TransformerBridge, choose: Task) -> Bool[Tensor, "sender receiver"]:
+    "The fewest edges, by attribution, that do nine tenths of the difference on these pairs; `InputError` where the model does not tell them apart."
+    runner = Runner(model, choose)
+    scores = edge_attribution(model, choose.clean, choose.corrupted, method="eap-ig", metric=choose.metric, steps=5)
+    return runner.graph.mask(until_faithful(runner, scores))
+
+def said_right(model: TransformerBridge, task: Task, answer: Int[Tensor, "pair"]) -> float:
+    "The share of clean prompts whose right answer is the most likely token of all."
+    return float((capture(model, task.clean, [])[0][:, task.metric.read].argmax(-1) == answer).float().mean())
+
+def overlap(one: Bool[Tensor, "sender receiver"], other: Bool[Tensor, "sender receiver"]) -> float:
+    "Edges in both circuits, as a share of those in either."
+    return float((one & other).sum() / (one | other).sum())
+
+# %% ../../nbs/27_open_questions.ipynb #f7d4caf2
+def parts(task: str, model: TransformerBridge, wording: str = "question") -> dict[str, float]:
+    "How well a model does its task on fresh prompts, and its mechanism: the best previous-token and induction scores of its heads; or the attention that the best head pays to the two tens, from where the sum's tens are asked for."
+    import torch
+    if task == "copying":
+        length = min(24, model.cfg.n_ctx // 2)
+        rows = repeated_random(128, length, model.cfg.d_vocab, generator(EXPERIMENT, "strings"))
+        scores = head_scores(model, rows, length)
+        return {"skill": float(copy_metrics(model, rows, length)["second_accuracy"].mean())} | {name: float(scores[name].mean(0).max()) for name in ("previous", "induction")}
+    problems = problems_of("test", 200)
+    asked = ask(model, problems, "tens", wording)
+    patterns, rows = extract_attention(model, asked.rows).patterns, torch.arange(len(asked.rows))
+    paid = torch.stack([sum(patterns[layer, head][rows, asked.at, asked.positions[name]] for name in ("a_tens", "b_tens")).mean() for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)])
+    return {"skill": float((evaluate_addition(model, problems, [wording]).kind == "right").mean()), "routing": float(paid.max())}
+
+def moment(task: str, model: TransformerBridge, last: Bool[Tensor, "circuit sender receiver"], final: Runner) -> dict[str, float]:
+    "What is measured at one moment; `last` holds the last circuit and the random ones beside it, `final` runs circuits in the last model."
+    whole, answer = course_task(task, model)
+    choose, measure = halves(whole)
+    runner = Runner(model, measure)
+    row = {"gap": float((runner.clean - runner.corrupted).mean()), "right": said_right(model, whole, answer)} | parts(task, model)
+    try: found, shares = found_circuit(model, choose), runner.share(runner(last))
+    except InputError: return row                                                               # clean and corrupted prompts cannot be told apart
+    row |= {"edges": int(found.sum()), "edge_share": float(found.sum() / runner.total), "own": float(runner.share(runner(found[None]))), "last": float(shares[0]), "random": float(shares[1:].max())}
+    return row | {"in_last": float(final.share(final(found[None]))), "overlap": overlap(found, last[0]), "overlap_random": float(np.mean([overlap(found, other) for other in last[1:]]))}
+
+# %% ../../nbs/27_open_questions.ipynb #9563cf40
+def course_of(run: tuple[str, int]) -> tuple[pd.DataFrame, dict[str, float]]:
+    "The moments of one training, and what they come to."
+    import pandas as pd, torch
+    task, seed = run
+    recipe, until = courses()[task]
+    steps = [step for step in kept_steps(recipe, seed) if step <= until]
+    (_, end), = moments(recipe, seed, [until])
+    choose, measure = halves(course_task(task, end)[0])
+    final, last, again = Runner(end, measure), found_circuit(end, choose), found_circuit(end, measure)
+    draw = generator(EXPERIMENT, "random circuits", seed)
+    beside = torch.stack([last, *(matched_circuit(final.graph, last, draw) for _ in range(RANDOM))])
+    table = pd.DataFrame([{"task": task, "seed": seed, "step": step} | moment(task, model, beside, final) for step, model in moments(recipe, seed, steps)])
+    return table, {"ceiling": overlap(last, again)} | summed_up(table)
+
+def summed_up(table: pd.DataFrame) -> dict[str, float]:
+    "The numbers of a course that the predictions speak of; without an onset, none."
+    onset = lasting_from(table.step.tolist(), table.gap.tolist(), table.gap.iloc[-1] / 4)
+    found = {"steps": len(table), "end_skill": table.skill.iloc[-1], "end_own": table.own.iloc[-1], "end_edge_share": table.edge_share.iloc[-1]}
+    if onset is None or not np.isfinite(table.set_index("step").own[onset]): return found
+    first, end = table.set_index("step").loc[onset], table.iloc[-1]
+    found |= {"onset": onset, "onset_skill": first.skill} | {f"onset_{name}": float(first[name]) for name in ("own", "last", "random", "in_last", "overlap", "overlap_random", "edge_share")} | {"thinning": first.edges / end.edges}
+    for name in ("previous", "induction"):
+        if name in table and (step := lasting_from(table.step.tolist(), table[name].tolist(), 0.25)) is not None: found[f"{name}_from"] = step
+    return found
+
+# %% ../../nbs/27_open_questions.ipynb #9bbc53f2
+PROMPTS, TEXTS = 1000, 128
+SETS = ("confidence", "difficulty", "circuit", "control")
+
+def risk(fit: Float[np.ndarray, "some k"], wrong: Bool[np.ndarray, "some"], new: Float[np.ndarray, "other k"], decay: float = 1.0) -> Float[np.ndarray, "other"]:
+    "The log-odds of being wrong on new prompts, by a logistic regression on standardised numbers with a penalty of `decay / 2` on the squared weights."
+    from scipy.optimize import minimize
+    from scipy.special import expit
+    mean, scale = fit.mean(0), fit.std(0) + 1e-9
+    x, sign = np.c_[(fit - mean) / scale, np.ones(len(fit))], np.where(wrong, 1.0, -1.0)
+    def loss(w: Float[np.ndarray, "k1"]) -> tuple[float, Float[np.ndarray, "k1"]]:
+        "Minus the log-likelihood with the penalty, and its gradient."
+        margin, free = sign * (x @ w), np.r_[w[:-1], 0.0]
+        return np.logaddexp(0, -margin).sum() + decay / 2 * free @ free, decay * free - x.T @ (sign * expit(-margin))
+    w = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
+    return np.c_[(new - mean) / scale, np.ones(len(new))] @ w
+
+def told(sets: dict[str, Float[np.ndarray, "prompt k"]], wrong: Bool[np.ndarray, "prompt"], first: Bool[np.ndarray, "prompt"]) -> dict[str, float]:
+    "AUROC of each set, and of confidence with the circuit or with the control, fitted on the `first` prompts and judged on the others; of the circuit with shuffled labels, too."
+    both = {f"confidence_{name}": np.c_[sets["confidence"], sets[name]] for name in ("circuit", "control")}
+    found = {name: float(auroc(risk(x[first], wrong[first], x[~first]), wrong[~first])) for name, x in (sets | both).items()}
+    shuffled = np.random.default_rng(0).permutation(wrong[first])
+    return found | {"shuffled": float(auroc(risk(sets["circuit"][first], shuffled, sets["circuit"][~first]), wrong[~first])), "wrong": float(wrong.mean()), "judged_wrong": int(wrong[~first].sum()),
+                    "gain": found["confidence_circuit"] - found["confidence"], "gain_control": found["confidence_control"] - found["confidence"], "over_control": found["circuit"] - found["control"]}
+
+def confidence(logits: Float[Tensor, "prompt d_vocab"]) -> Float[np.ndarray, "prompt 2"]:
+    "The log-odds of the most likely token, and the entropy in nats."
+    import torch
+    log_p = logits.double().log_softmax(-1)
+    best = log_p.amax(-1)
+    return torch.stack([best - torch.log(-torch.expm1(best).clamp(max=-1e-12)), -(log_p.exp() * log_p).sum(-1)], 1).numpy()
+
+# %% ../../nbs/27_open_questions.ipynb #116c4fc9
+def failing_sums(subject: Subject, place: str) -> tuple[dict[str, Float[np.ndarray, "prompt k"]], Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
+    "What is read where a sum's tens or units are asked for, behind the digits before; whether the digit said is wrong; which prompts are fitted on."
+    import torch
+    model, problems = subject.open(), problems_of("test", PROMPTS)
+    asked = ask(model, problems, place)
+    rows, row, at = asked.rows, torch.arange(len(problems)), asked.at
+    names = [hook_name(model, "resid_mid", layer) for layer in range(model.cfg.n_layers)]
+    seen = [capture(model, some, names) for some in rows.split(CHUNK)]
+    logits, streams = torch.cat([logits for logits, _ in seen])[row, at], [torch.cat([kept[name] for _, kept in seen]) for name in names]
+    patterns, first = extract_attention(model, rows).patterns, np.arange(len(problems)) % 2 == 0
+    carry = (problems.a % 10 + problems.b % 10 >= 10).to_numpy()
+    def read(at: Int[Tensor, "prompt"], label: Bool[np.ndarray, "prompt"]) -> Float[np.ndarray, "prompt k"]:
+        "Attention from a position to tens and to units, head by head, and how sure probes are of a label."
+        paid = [sum(patterns[layer, head][row, at, asked.positions[f"{number}_{place}"]] for number in "ab") for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads) for place in ("tens", "units")]
+        sure = [np.abs(risk(here[first], label[first], here, decay=10.0)) for stream in streams for here in [stream[row, at].numpy()]]
+        return np.c_[torch.stack(paid, 1).numpy(), np.stack(sure, 1)]
+    units, tens = (problems.a % 10 + problems.b % 10).to_numpy(), (problems.a // 10 + problems.b // 10).to_numpy()
+    difficulty = np.c_[carry, np.abs(units - 9.5), units, tens, units == 9, tens == 9, np.abs(tens + carry - 9.5)]
+    sets = {"confidence": confidence(logits), "difficulty": difficulty, "circuit": read(at, carry), "control": read(at - 1, np.random.default_rng(0).permutation(carry))}
+    return sets, (logits.argmax(-1) != asked.token).numpy(), first
+
+# %% ../../nbs/27_open_questions.ipynb #fd7eec21
+def _candidates(tokens: Int[Tensor, "row pos"], length: int) -> Float[np.ndarray, "row place 5"]:
+    "At each place of the second copy: how often its letter and its last two letters have occurred before, how many different letters stood behind each, and the place."
+    rows = []
+    for row in tokens.tolist():
+        for at in range(length, 2 * length - 1):
+            behind = [[row[i + 1] for i in range(n - 1, at) if row[i - n + 1:i + 1] == row[at - n + 1:at + 1]] for n in (1, 2)]
+            rows.append([*map(len, behind), *(len(set(some)) for some in behind), at - length])
+    return np.array(rows, dtype=float).reshape(len(tokens), length - 1, 5)
+
+def failing_copies(subject: Subject, letters: int | None = None) -> tuple[dict[str, Float[np.ndarray, "prompt k"]], Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
+    "What is read at each place of second copies, of passages or of strings of so many letters; whether the letter said is wrong; which places are fitted on, those of every other copy."
+    import torch
+    model, length = subject.open(), 32
+    if letters: rows = torch.randint(letters, (TEXTS, length), generator=generator(EXPERIMENT, "letters"))
+    else: rows = passages(subject, model, length, TEXTS, generator(EXPERIMENT, "passages"))
+    tokens, choose = torch.cat([rows, rows], 1), repeated_random(64, length, model.cfg.d_vocab, generator(EXPERIMENT, "choose"))
+    logits, scores = capture(model, tokens, [])[0], {name: value.mean(0) for name, value in head_scores(model, choose, length).items()}
+    patterns, at = extract_attention(model, tokens).patterns, torch.arange(length, 2 * length - 1)
+    layer, order = int(scores["induction"].amax(1).argmax()), scores["induction"].argsort(1, descending=True)
+    before = divmod(int(scores["previous"][:layer].argmax()), model.cfg.n_heads) if layer else (0, 0)
+    def read(heads: Sequence[int], below: tuple[int, int]) -> Float[np.ndarray, "row place 6"]:
+        "Of two heads the largest attention and the entropy; whether they look at the same letter; the attention to its predecessor that a head below pays from where the first looks."
+        looks = [patterns[layer, head][:, at] for head in heads]
+        places = [look.argmax(-1) for look in looks]
+        earlier = patterns[below][torch.arange(len(tokens))[:, None], places[0], (places[0] - 1).clamp(min=0)]
+        same = (tokens.gather(1, places[0]) == tokens.gather(1, places[1])).float()
+        return torch.stack([*(look.amax(-1) for look in looks), *(-(look.clamp(min=1e-12).log() * look).sum(-1) for look in looks), same, earlier], -1).numpy()
+    best, others = order[layer, :2].tolist(), order[layer, 2:4].tolist()
+    below = [head for head in range(model.cfg.n_heads) if head != before[1]][0]
+    flat = lambda values: values.reshape(-1, values.shape[-1])
+    sets = {"confidence": confidence(logits[:, at].reshape(-1, logits.shape[-1])), "difficulty": flat(_candidates(tokens, length)), "circuit": flat(read(best, before)), "control": flat(read(others, (before[0], below)))}
+    wrong = logits[:, at].argmax(-1) != tokens[:, at + 1]
+    return sets, wrong.flatten().numpy(), np.repeat(np.arange(len(tokens)) % 2 == 0, length - 1)
+
+# %% ../../nbs/27_open_questions.ipynb #d2205b6c
+def half_trained() -> list[Subject]:
+    "The early selves of the shipped models that add."
+    return [Subject(f"{subject.family}-early", subject.seed, partial(load_model, f"{subject.family}/seed{subject.seed}-early", device="cpu")) for subject in shipped_subjects(("addition-gpt2", "addition-qwen"))]
+
+def copiers() -> list[Subject]:
+    "The shipped models that copy: passages, or random strings."
+    return shipped_subjects(("shakespeare-induction", "induction-2l"))
+
+LEAST = 20
+
+def failures_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "How well each set of numbers tells where a model is wrong, task by task: where at least twenty prompts are wrong among those that are fitted on, and as many among those that are judged."
+    import pandas as pd
+    if subject.family.endswith("early"): asks = {place: partial(failing_sums, place=place) for place in ("tens", "units")}
+    else: asks = {"copies": partial(failing_copies, letters=8 if subject.family == "induction-2l" else None)}
+    rows = []
+    for name, ask_it in asks.items():
+        sets, wrong, first = ask_it(subject)
+        if min(wrong[first].sum(), wrong[~first].sum()) >= LEAST: rows.append({"of": name, "prompts": len(wrong)} | told(sets, wrong, first))
+    table = pd.DataFrame(rows)
+    return {"failures": table}, {name: float(value) for name, value in table.drop(columns=["of", "prompts", "judged_wrong"]).mean().items()} if rows else {}
