@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Callable, Sequence
 
@@ -16,7 +16,7 @@ from ..activation_patching import Task, copying_pairs, logit_diff
 from ..addition import CHUNK, ask, evaluate_addition, problems_of
 from ..attention_analysis import copy_metrics, extract_attention, head_scores
 from ..circuits import Runner, edge_attribution, halves, matched_circuit, until_faithful
-from ..core import InputError, Result, Stage, generator
+from ..core import InputError, Result, Stage, generator, load_table
 from ..interventions import capture, hook_name
 from ..models import list_models, load_model
 from ..statistics import auroc, rate_result, seeds_result
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS', 'WIDTHS', 'PAIRS', 'RANDOM', 'PROMPTS',
-           'TEXTS', 'SETS', 'LEAST', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task', 'found_circuit',
-           'said_right', 'overlap', 'parts', 'moment', 'course_of', 'summed_up', 'risk', 'told', 'confidence',
-           'failing_sums', 'failing_copies', 'half_trained', 'copiers', 'failures_of']
+           'TEXTS', 'SETS', 'LEAST', 'CLAIMS', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task',
+           'found_circuit', 'said_right', 'overlap', 'parts', 'moment', 'course_of', 'summed_up', 'risk', 'told',
+           'confidence', 'failing_sums', 'failing_copies', 'half_trained', 'copiers', 'failures_of', 'Claim',
+           'claim_table', 'firm_stage']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -253,3 +254,90 @@ def failures_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, fl
         if min(wrong[first].sum(), wrong[~first].sum()) >= LEAST: rows.append({"of": name, "prompts": len(wrong)} | told(sets, wrong, first))
     table = pd.DataFrame(rows)
     return {"failures": table}, {name: float(value) for name, value in table.drop(columns=["of", "prompts", "judged_wrong"]).mean().items()} if rows else {}
+
+# %% ../../nbs/27_open_questions.ipynb #16492091
+@dataclass(frozen=True)
+class Claim:
+    "A claim and where its number of each seed stands: rows of a stored table (their mean, or what `over` says), less those of `minus` if given; it holds from `least`, or up to `most`."
+    experiment: str
+    says: str
+    table: str
+    rows: str
+    minus: str | None = None
+    least: float | None = None
+    most: float | None = None
+    value: str = "value"
+    over: str = "mean"
+    minus_value: str | None = None
+
+    def seeds(self) -> pd.DataFrame:
+        "Model, seed, effect, and whether the claim holds there."
+        table = load_table(self.experiment, self.table).rename(columns={"diet": "model"})
+        if "chosen" in table: table = table.sort_values("chosen")                               # the last head is the best one on the texts that choose
+        def read(rows: str, value: str) -> pd.Series:
+            "One number for each model and seed."
+            return table.query(rows).groupby(["model", "seed"])[value].agg(self.over)
+        effect = read(self.rows, self.value)
+        if self.minus: effect = effect - read(self.minus, self.minus_value or self.value).reindex(effect.index)
+        found = effect.rename("effect").reset_index()
+        return found.assign(holds=found.effect >= self.least if self.least is not None else found.effect <= self.most)
+
+def _named(name: str, model: str | None = None) -> str:
+    "The rows of a number by name."
+    return f"name == '{name}'" + (f" and model == '{model}'" if model else "")
+
+def _measured(model: str, measure: str) -> str: return f"model == '{model}' and measure == '{measure}'"
+
+# %% ../../nbs/27_open_questions.ipynb #e6f5d5f1
+_ABOVE = 1e-9                                                                                  # more than nothing
+
+CLAIMS = (
+    Claim("induction_heads", "models of repeats alone copy random strings", "copying_ours", _measured("induction-2l", "random_second_accuracy"), least=0.9),
+    Claim("induction_heads", "they match on two characters, not one", "match_length", "model == 'induction-2l' and measure == 'probability' and match == 2 and not rival", "model == 'induction-2l' and measure == 'probability' and match == 1 and not rival", least=_ABOVE),
+    Claim("induction_heads", "the keys carry the circuit: without previous-token heads in them the score falls", "composition", "model == 'induction-2l' and part == 'intact' and stimulus == 'random'", "model == 'induction-2l' and part == 'k' and source == 'previous' and stimulus == 'random'", least=_ABOVE, value="score"),
+    Claim("induction_heads", "six layers on text alone grow no induction head", "copying_ours", _measured("shakespeare-small", "best_induction"), most=0.1),
+    Claim("induction_heads", "and hardly copy passages", "copying_ours", _measured("shakespeare-small", "natural_advantage"), most=0.1),
+    Claim("induction_heads", "with a fifth of repeats two layers copy passages", "copying_ours", _measured("shakespeare-induction", "natural_advantage"), least=0.5),
+    Claim("induction_heads", "without their induction heads they copy worse", "ablation", "model == 'shakespeare-induction' and group == 'induction' and method == 'mean' and measure == 'natural_second_loss'", least=_ABOVE, value="change"),
+    Claim("induction_heads", "after a warm-up two repeats in a hundred keep the heads", "diets", "model == 'diet-random-0.02-warm'", least=0.25, value="best_induction"),
+    Claim("induction_heads", "with none they are gone", "diets", "model == 'diet-random-0-warm'", most=0.1, value="best_induction"),
+    Claim("induction_heads", "the circuit does more than any random one with edges of the same kinds", "circuits", "model == 'shakespeare-induction'", "model == 'shakespeare-induction'", least=_ABOVE, value="faithfulness", minus_value="best_matched"),
+    Claim("head_taxonomy", "roles of larger models are absent: no induction head among six layers", "roles", "model == 'shakespeare-small' and role == 'induction' and score == score", most=0.1, value="score", over="last"),
+    Claim("head_taxonomy", "nor successor heads", "roles", "model == 'shakespeare-small' and role == 'successor' and score == score", most=0.1, value="score", over="last"),
+    Claim("head_taxonomy", "some head goes by place", "roles", "model == 'shakespeare-small' and role == 'positional' and score == score", least=0.5, value="score", over="last"),
+    Claim("head_taxonomy", "previous-token heads are missed more than others", "grouped", "role == 'previous' and method == 'mean' and model == 'shakespeare-small'", "role == 'previous' and method == 'mean' and model == 'shakespeare-small'", least=_ABOVE, value="change", minus_value="control"),
+    Claim("prediction_formation", "the plain lens is further from the model than a translator", "formation", "model == 'shakespeare-small' and measure == 'kl' and mode == 'norm' and layer == '1'", "model == 'shakespeare-small' and measure == 'kl' and mode == 'tuned' and layer == '1'", least=_ABOVE),
+    Claim("prediction_formation", "the last layer takes off less than the lens says", "formation", "model == 'shakespeare-small' and measure == 'cross_entropy' and mode == 'norm' and layer == '4'", "model == 'shakespeare-small' and measure == 'cross_entropy' and mode == 'tuned' and layer == '4'", least=_ABOVE),
+    *(Claim("addition_circuits", f"all confirmation sums are right ({blocks})", "accuracy_seeds", _named("accuracy_question", model), least=1.0) for model, blocks in (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))),
+    *(Claim("addition_circuits", f"told about another problem, the tens are what one function says ({blocks})", "algorithm_seeds", _named("effect_same_tens_2", model), least=0.9) for model, blocks in (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))),
+    Claim("addition_circuits", "the carry is a switch (GPT-2)", "algorithm_seeds", _named("along_carry_switch_2", "addition-gpt2"), least=0.9),
+    Claim("addition_circuits", "the carry is less of a switch (Qwen3)", "algorithm_seeds", _named("along_carry_switch_2", "addition-qwen"), most=0.9),
+    *(Claim("addition_circuits", f"two frequencies are enough for half of the units ({blocks})", "waves_seeds", _named("right_with_two_best", model), least=0.5) for model, blocks in (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))),
+    Claim("addition_circuits", "the circuit of the tens does more than any random one with edges of the same kinds", "circuits_seeds", _named("circuit_faithfulness_tens"), _named("circuit_best_matched_tens"), least=_ABOVE),
+    Claim("sae_features", "no feature tells the carry as a linear probe does", "sums_of_model_seeds", _named("f1_carry_probe_0"), _named("f1_carry_feature_0"), least=_ABOVE),
+    Claim("across_models", "in the upper half MLPs add more than attention", "reading_seeds", _named("mlp_upper", "shakespeare-small"), _named("attention_upper", "shakespeare-small"), least=_ABOVE),
+    Claim("vision_language", "a colour stays on its shape's patches to the end of the tower", "tower_seeds", _named("tower_touched_out"), _named("tower_rest_out"), least=0.5),
+    Claim("vision_language", "it is read at the word that names the shape", "tower_seeds", _named("decoder_word_1"), least=0.5),
+    Claim("vision_language", "the lens puts it first on its patches no more often than one in four", "lens_seeds", _named("lens_touched_3", "shapes"), most=0.25),
+    Claim("vision_language", "two heads are needed for colours, two others are not", "without_seeds", _named("lost_readers_colour"), _named("lost_others_colour"), least=_ABOVE),
+)
+
+def claim_table(claim: Claim) -> pd.DataFrame:
+    "The seeds of a claim, with its words before them."
+    found = claim.seeds()
+    found.insert(0, "experiment", claim.experiment), found.insert(1, "claim", claim.says)
+    return found
+
+def firm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Each claim over all its seeds: where it holds, and how much its effect varies."
+    import pandas as pd
+    seeds = pd.concat(map(claim_table, CLAIMS), ignore_index=True)
+    of = seeds.groupby(["experiment", "claim"], sort=False)
+    table = pd.DataFrame({"seeds": of.size(), "holds": of.holds.sum(), "effect": of.effect.mean(), "sd": of.effect.std(), "least": of.effect.min(), "most": of.effect.max()}).reset_index()
+    table["varies"] = table.sd / table.effect.abs()
+    whole, steady = int((table.holds == table.seeds).sum()), int((table.varies < 0.25).sum())
+    held = of.holds.mean().to_numpy()
+    return {"claims_in_all": rate_result(whole, len(table), unit="", how="share of headline claims that hold in every seed that they can be asked of"),
+            "claims_steady": rate_result(steady, len(table), unit="", how="share of headline claims whose effect has a standard deviation over seeds below a quarter of its mean"),
+            "claims_held": rate_result(int(seeds.holds.sum()), len(seeds), unit="", how="share of claims and seeds in which the claim holds"),
+            "claims_worst": Result(float(held.min()), float(held.min()), float(held.min()), int(table.seeds[held.argmin()]), int(table.seeds[held.argmin()]), "", "share of seeds in which the least firm claim holds; no interval: the least of all is told")}, {"claims": table.round(4), "claim_seeds": seeds.round(4)}
