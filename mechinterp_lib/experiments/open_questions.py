@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from ..interventions import capture, hook_name
 from ..models import list_models, load_model
 from ..statistics import auroc, rate_result, seeds_result
 from ..data import PROBLEM_ALPHABET, repeated_random
-from ..subjects import Subject, gathered, in_parallel, key, kept, lasting_from, moments, passages, shipped_subjects
+from ..subjects import Subject, as_predicted, corpus_missing, gathered, in_parallel, key, lasting_from, moments, over_seeds, passages, shipped_subjects, stored_tables, subject_files, tables_missing
 from ..training import Recipe, gpt2, kept_steps, recipes, run_dir, snapshot_path, train
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS', 'WIDTHS', 'PAIRS', 'RANDOM', 'PROMPTS',
-           'TEXTS', 'SETS', 'LEAST', 'CLAIMS', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task',
-           'found_circuit', 'said_right', 'overlap', 'parts', 'moment', 'course_of', 'summed_up', 'risk', 'told',
-           'confidence', 'failing_sums', 'failing_copies', 'half_trained', 'copiers', 'failures_of', 'Claim',
-           'claim_table', 'firm_stage']
+           'TEXTS', 'SETS', 'LEAST', 'CLAIMS', 'AGREEMENT', 'FOLLOWED', 'EVOLUTION', 'FAILURES', 'COURSE', 'PARTS',
+           'GRID', 'FIRM', 'SUMS', 'COPIES', 'TOLD', 'STAGES', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task',
+           'found_circuit', 'said_right', 'overlap', 'parts', 'moment', 'last_moment', 'followed', 'evolution_of',
+           'summed_up', 'risk', 'told', 'confidence', 'failing_sums', 'failing_copies', 'half_trained', 'copiers',
+           'failures_of', 'evolution_stage', 'failures_stage', 'Claim', 'claim_table', 'firm_stage', 'grid_of',
+           'agreement', 'smallest_stage', 'runs_missing', 'predictions_stage']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -118,26 +121,34 @@ def moment(task: str, model: TransformerBridge, last: Bool[Tensor, "circuit send
     return row | {"in_last": float(final.share(final(found[None]))), "overlap": overlap(found, last[0]), "overlap_random": float(np.mean([overlap(found, other) for other in last[1:]]))}
 
 # %% ../../nbs/27_open_questions.ipynb #9563cf40
-def course_of(run: tuple[str, int]) -> tuple[pd.DataFrame, dict[str, float]]:
+def last_moment(task: str, seed: int) -> TransformerBridge:
+    "The model at the end of a training that is followed."
+    recipe, until = courses()[task]
+    (_, model), = moments(recipe, seed, [until])
+    return model
+
+def followed(task: str, seeds: Sequence[int]) -> list[Subject]:
+    "The trainings of a task as subjects."
+    return [Subject(task, seed, partial(last_moment, task, seed)) for seed in seeds]
+
+def evolution_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     "The moments of one training, and what they come to."
     import pandas as pd, torch
-    task, seed = run
+    task, seed, end = subject.family, subject.seed, subject.open()
     recipe, until = courses()[task]
-    steps = [step for step in kept_steps(recipe, seed) if step <= until]
-    (_, end), = moments(recipe, seed, [until])
     choose, measure = halves(course_task(task, end)[0])
     final, last, again = Runner(end, measure), found_circuit(end, choose), found_circuit(end, measure)
     draw = generator(EXPERIMENT, "random circuits", seed)
     beside = torch.stack([last, *(matched_circuit(final.graph, last, draw) for _ in range(RANDOM))])
-    table = pd.DataFrame([{"task": task, "seed": seed, "step": step} | moment(task, model, beside, final) for step, model in moments(recipe, seed, steps)])
-    return table, {"ceiling": overlap(last, again)} | summed_up(table)
+    steps = [step for step in kept_steps(recipe, seed) if step <= until]
+    table = pd.DataFrame([{"step": step} | moment(task, model, beside, final) for step, model in moments(recipe, seed, steps)])
+    return {"evolution": table}, summed_up(table) | {"ceiling": overlap(last, again)}
 
 def summed_up(table: pd.DataFrame) -> dict[str, float]:
-    "The numbers of a course that the predictions speak of; without an onset, none."
+    "The numbers of a course that the predictions speak of."
     onset = lasting_from(table.step.tolist(), table.gap.tolist(), table.gap.iloc[-1] / 4)
-    found = {"steps": len(table), "end_skill": table.skill.iloc[-1], "end_own": table.own.iloc[-1], "end_edge_share": table.edge_share.iloc[-1]}
-    if onset is None or not np.isfinite(table.set_index("step").own[onset]): return found
     first, end = table.set_index("step").loc[onset], table.iloc[-1]
+    found = {"moments": len(table), "end_skill": end.skill, "end_own": end.own, "end_edges": end.edges, "end_edge_share": end.edge_share, "end_overlap_random": end.overlap_random, "most_edges": table.edges[table.step >= onset].max()}
     found |= {"onset": onset, "onset_skill": first.skill} | {f"onset_{name}": float(first[name]) for name in ("own", "last", "random", "in_last", "overlap", "overlap_random", "edge_share")} | {"thinning": first.edges / end.edges}
     for name in ("previous", "induction"):
         if name in table and (step := lasting_from(table.step.tolist(), table[name].tolist(), 0.25)) is not None: found[f"{name}_from"] = step
@@ -255,6 +266,17 @@ def failures_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, fl
     table = pd.DataFrame(rows)
     return {"failures": table}, {name: float(value) for name, value in table.drop(columns=["of", "prompts", "judged_wrong"]).mean().items()} if rows else {}
 
+def evolution_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Train what is missing, and follow the circuits."
+    in_parallel(grown, _course_runs(), "training")
+    return gathered(evolution_of, [subject for task in courses() for subject in followed(task, FOLLOWED)], EVOLUTION, _kept_apart)
+
+def failures_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Where the shipped models are wrong, and what tells it."
+    import pandas as pd
+    parts = [gathered(failures_of, half_trained(), FAILURES, _kept_apart), gathered(failures_of, copiers(), FAILURES, _kept_copies)]
+    return parts[0][0] | parts[1][0], {name: pd.concat([tables[name] for _, tables in parts], ignore_index=True) for name in parts[0][1]}
+
 # %% ../../nbs/27_open_questions.ipynb #16492091
 @dataclass(frozen=True)
 class Claim:
@@ -341,3 +363,114 @@ def firm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             "claims_steady": rate_result(steady, len(table), unit="", how="share of headline claims whose effect has a standard deviation over seeds below a quarter of its mean"),
             "claims_held": rate_result(int(seeds.holds.sum()), len(seeds), unit="", how="share of claims and seeds in which the claim holds"),
             "claims_worst": Result(float(held.min()), float(held.min()), float(held.min()), int(table.seeds[held.argmin()]), int(table.seeds[held.argmin()]), "", "share of seeds in which the least firm claim holds; no interval: the least of all is told")}, {"claims": table.round(4), "claim_seeds": seeds.round(4)}
+
+# %% ../../nbs/27_open_questions.ipynb #85c1e8cf
+def grid_of(run: tuple[int, tuple[str, int, int, int]]) -> dict:
+    "How well one model of a grid does its task, and its mechanism."
+    seed, (task, layers, heads, width) = run
+    recipe = grid_recipe(task, layers, heads, width)
+    (_, model), = moments(recipe, seed, [recipe.steps])
+    return {"task": task, "layers": layers, "heads": heads, "width": width, "seed": seed, "parameters": sum(weight.numel() for weight in model.original_model.parameters())} | parts(task, model, "bare")
+
+def agreement(of: pd.DataFrame) -> dict[str, float]:
+    "Of the grids of one seed: how often a mechanism is there just where a capability is, and the rank correlations of the two."
+    from scipy.stats import spearmanr
+    copying, sums = of[of.task == "copying"], of[of.task == "addition"]
+    return {"together": float(((copying.induction >= 0.25) == (copying.skill >= 0.5)).mean()), "copying_rank": float(spearmanr(copying.skill, copying.induction).statistic), "addition_rank": float(spearmanr(sums.skill, sums.routing).statistic)}
+
+def smallest_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Train what is missing of the grids, and ask every model."
+    import pandas as pd
+    runs = [(seed, size) for seed in GRID_SEEDS for size in grid()]
+    in_parallel(grown, _grid_runs(), "training")
+    table = pd.DataFrame(in_parallel(grid_of, runs))
+    by_seed = {seed: agreement(of) | {_size_key(*size): skill for *size, skill in of[["task", "layers", "heads", "width", "skill"]].itertuples(index=False)} for seed, of in table.groupby("seed")}
+    numbers = pd.DataFrame([{"model": "grid", "seed": seed, "name": name, "value": value} for seed, of in by_seed.items() for name, value in of.items()])
+    results = {key("grid", name): over_seeds([np.array([value]) for value in of.value], _of_grid(name), bounds=(-1.0, 1.0) if "rank" in name else (0.0, 1.0)) for name, of in numbers.groupby("name", sort=False)}
+    return results, {"grid": table.round(4), "grid_seeds": numbers.round(4)}
+
+def _size_key(task: str, layers: int, heads: int, width: int) -> str: return f"{task}_{layers}x{heads}x{width}"
+
+def _of_grid(name: str) -> str:
+    "What a number of the grids is."
+    if name in AGREEMENT: return AGREEMENT[name]
+    task, size = name.split("_")
+    layers, heads, width = size.split("x")
+    return f"share of {'fresh random strings copied' if task == 'copying' else 'unseen sums that are right'}: {layers} layers, {heads} heads, width {width}"
+
+AGREEMENT = {"together": "share of models of the copying grid in which the best induction score is at least 0.25 just where half or more is copied",
+             "copying_rank": "rank correlation of the share copied and the best induction score", "addition_rank": "rank correlation of the share of right sums and the attention of the best head to the two tens"}
+
+# %% ../../nbs/27_open_questions.ipynb #293f2b66
+FOLLOWED = [*EXPLORED, *CONFIRMED]
+_SHARE = (0.0, 1.0)
+EVOLUTION = {"moments": ("moments of training that were looked at", "", None), "onset": ("step from which on clean and corrupted prompts differ by a quarter of what they do at the end", "steps", None), "onset_skill": ("share of fresh prompts right at onset", "", _SHARE),
+             "end_skill": ("share of fresh prompts right at the end", "", _SHARE), "end_own": ("share of the difference that the last circuit does, on pairs that did not choose it", "", None), "end_edges": ("edges of the last circuit", "edges", None), "end_edge_share": ("the same as a share of all edges", "", _SHARE),
+             "most_edges": ("most edges of any circuit from onset on", "edges", None), "onset_own": ("share of the difference that the circuit found at onset does then, on pairs that did not choose it", "", None), "onset_last": ("share of the difference at onset that the edges of the last circuit do", "", None),
+             "onset_random": ("the most of it that one of twenty random circuits does with as many edges of each kind", "", None), "onset_in_last": ("share of the difference at the end that the edges found at onset do", "", None), "onset_overlap": ("edges in both the circuit at onset and the last one, as a share of those in either", "", _SHARE),
+             "onset_overlap_random": ("the same for random circuits with as many edges of each kind as the last one", "", _SHARE), "end_overlap_random": ("edges in both the last circuit and a random one with as many of each kind, as a share of those in either", "", _SHARE), "onset_edge_share": ("edges of the circuit at onset as a share of all", "", _SHARE),
+             "thinning": ("edges at onset for each edge at the end", "", None), "ceiling": ("edges in both of two circuits of the last model, found on different pairs, as a share of those in either", "", _SHARE),
+             "previous_from": ("step from which on the best previous-token score is at least 0.25", "steps", None), "induction_from": ("step from which on the best induction score is at least 0.25", "steps", None)}
+_AUROC = "AUROC for wrong answers on prompts that were not fitted on"
+FAILURES = {**{name: (f"{_AUROC}: {name.replace('_', ' and ')}", "", _SHARE) for name in (*SETS, "confidence_circuit", "confidence_control")}, "shuffled": (f"{_AUROC}: circuit, fitted to shuffled labels", "", _SHARE), "wrong": ("share of prompts answered wrongly", "", _SHARE),
+            "gain": ("AUROC of confidence and circuit, less that of confidence", "", None), "gain_control": ("AUROC of confidence and control, less that of confidence", "", None), "over_control": ("AUROC of the circuit, less that of the control", "", None)}
+
+def _kept_apart(seed: int) -> str:
+    "Seeds of the confirmation set have a name of their own."
+    return "kept_" if seed in CONFIRMED else ""
+
+def _kept_copies(seed: int) -> str: return "kept_" if seed >= 2 else ""
+
+def runs_missing(runs: Sequence[tuple[Recipe, int, int]]) -> str | None:
+    "Why what is trained cannot be asked here without training, or None."
+    gone = sum(not snapshot_path(recipe, seed, until).exists() for recipe, seed, until in runs)
+    return f"{gone} of {len(runs)} trainings are not here; mechinterp run {EXPERIMENT} --stage ... trains them, some minutes each" if gone else None
+
+# %% ../../nbs/27_open_questions.ipynb #28e03717
+def _sizes(of: pd.DataFrame, task: str, layers: Sequence[int] = LAYERS, heads: Sequence[int] = HEADS, widths: Sequence[int] = WIDTHS) -> pd.DataFrame:
+    "The skills of some sizes of a grid."
+    return of[[_size_key(task, *size) for size in itertools.product(layers, heads, widths)]]
+
+COURSE = {"1": ("the last circuit's edges do half of the difference at onset, and more than random ones", lambda of: (of.onset_last >= 0.5) & (of.onset_last > of.onset_random)),
+          "2": ("the circuit at onset overlaps with the last by less than three quarters of what two of the last model do", lambda of: of.onset_overlap < 0.75 * of.ceiling),
+          "3": ("the circuit at onset has a quarter more edges than the last", lambda of: of.thinning >= 1.25)}
+PARTS = {"4": ("the previous-token head is there before the induction head", lambda of: of.previous_from < of.induction_from)}
+GRID = {"5": ("no model of one layer copies half", lambda of: _sizes(of, "copying", [1]).max(axis=1, skipna=False) < 0.5),
+        "6": ("two layers of width 32 with two heads or more copy nine tenths, and width 8 less than half", lambda of: (_sizes(of, "copying", [2], [2, 4], [32]).min(axis=1, skipna=False) >= 0.9) & (_sizes(of, "copying", widths=[8]).max(axis=1, skipna=False) < 0.5)),
+        "7": ("one head a layer is enough for nine tenths at width 64", lambda of: of.copying_2x1x64 >= 0.9),
+        "8": ("copying and its mechanism come together in nine models of ten", lambda of: of.together >= 0.9),
+        "9": ("one layer of four heads adds half and none 99%, two layers add 99%, width 8 less than half", lambda of: (of.addition_1x4x64 >= 0.5) & (_sizes(of, "addition", [1]).max(axis=1, skipna=False) < 0.99) & (of.addition_2x4x64 >= 0.99) & (_sizes(of, "addition", widths=[8]).max(axis=1, skipna=False) < 0.5)),
+        "10": ("one layer of four heads adds more than two of one head", lambda of: of.addition_1x4x64 > of.addition_2x1x64),
+        "11": ("skill and routing have a rank correlation of 0.7", lambda of: of.addition_rank >= 0.7)}
+FIRM = {"12": ("four fifths of the claims hold in all seeds, and three quarters vary by less than a quarter", lambda of: (of.in_all >= 0.8) & (of.steady >= 0.75))}
+SUMS = {"13": ("confidence tells 0.8, the circuit 0.7, difficulty 0.6, in this order", lambda of: (of.confidence >= 0.8) & (of.circuit >= 0.7) & (of.difficulty >= 0.6) & (of.confidence > of.circuit) & (of.circuit > of.difficulty))}
+COPIES = {"14": ("confidence tells more than the circuit, the circuit more than difficulty, and at least 0.7", lambda of: (of.circuit >= 0.7) & (of.confidence > of.circuit) & (of.circuit > of.difficulty))}
+TOLD = {"15": ("the circuit adds less than 0.02 to confidence", lambda of: of.gain < 0.02), "16": ("the circuit tells more than the control by 0.05", lambda of: of.over_control >= 0.05)}
+
+_TABLES = ("evolution_seeds", "grid_seeds", "claims", "failures_seeds")
+
+def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "How often each prediction held, on the models that were explored and on those that were kept."
+    import pandas as pd
+    course, grids, claims, failures = (load_table(EXPERIMENT, name) for name in _TABLES)
+    firm = pd.DataFrame([{"model": "claims", "seed": 0, "name": name, "value": value} for name, value in (("in_all", (claims.holds == claims.seeds).mean()), ("steady", (claims.varies < 0.25).mean()))])
+    sums = failures.model.str.endswith("early")
+    asked = [(course, COURSE, _kept_apart), (course[course.model == "copying"], PARTS, _kept_apart), (grids, GRID, _kept_apart), (firm, FIRM, _kept_apart),
+             (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies)]
+    results = {name: result for table, predicted, group in asked for name, result in as_predicted(table, predicted, group).items()}
+    return results, {}
+
+# %% ../../nbs/27_open_questions.ipynb #808e8f4e
+def _course_runs() -> list[tuple[Recipe, int, int]]: return [(recipe, seed, until) for recipe, until in courses().values() for seed in FOLLOWED]
+
+def _grid_runs() -> list[tuple[Recipe, int, int]]: return [(grid_recipe(*size), seed, grid_recipe(*size).steps) for seed in GRID_SEEDS for size in grid()]
+
+def _claim_files() -> list[Path]: return sorted({path for claim in CLAIMS for path in stored_tables(claim.experiment, [claim.table])})
+
+STAGES = {
+    "evolution": Stage(evolution_stage, {"pairs": PAIRS, "random": RANDOM}, FOLLOWED, list, lambda: runs_missing(_course_runs()), trains=True),
+    "smallest": Stage(smallest_stage, {"layers": list(LAYERS), "heads": list(HEADS), "widths": list(WIDTHS)}, GRID_SEEDS, list, lambda: runs_missing(_grid_runs()), trains=True),
+    "firm": Stage(firm_stage, {"claims": len(CLAIMS)}, range(10), _claim_files),
+    "failures": Stage(failures_stage, {"prompts": PROMPTS, "texts": TEXTS}, range(10), partial(subject_files, ("addition-gpt2", "addition-qwen", "shakespeare-induction", "induction-2l"), "tinyshakespeare"), corpus_missing),
+    "predictions": Stage(predictions_stage, {"predictions": 16}, range(10), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES)),
+}
