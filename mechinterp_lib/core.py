@@ -5,7 +5,7 @@
 # %% ../nbs/00_core.ipynb #05a9efa7
 from __future__ import annotations
 
-import contextlib, hashlib, json, math, numbers, os, platform, random, subprocess, time
+import ast, contextlib, functools, hashlib, json, math, numbers, os, platform, random, subprocess, time
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 # %% auto #0
 __all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_number', 'check_suffix', 'home', 'cache_dir',
            'atomic_path', 'write_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator', 'seeded',
-           'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance', 'results_dir', 'load_results',
-           'load_table', 'save_results', 'compare_results', 'Stage', 'run_stage']
+           'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance', 'code_hashes', 'results_dir',
+           'load_results', 'load_table', 'save_results', 'compare_results', 'Stage', 'run_stage']
 
 # %% ../nbs/00_core.ipynb #9ed30da1
 class InputError(ValueError):
@@ -216,6 +216,60 @@ def provenance(config: Mapping, seeds: Sequence[int], inputs: Iterable[str | Pat
             "seconds": round(seconds, 1), "inputs": dict(inputs) if isinstance(inputs, Mapping) else file_hashes(inputs),
             "modules": file_hashes(sorted(package.rglob("*.py")), package)}
 
+# %% ../nbs/00_core.ipynb #b010f76c
+def _names(node: ast.AST) -> set[str]:
+    "The names that a piece of code uses, and those that it imports inside."
+    found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return found | {alias.name for part in ast.walk(node) if isinstance(part, ast.ImportFrom) for alias in part.names}
+
+def _without_docstrings(lines: Sequence[str], node: ast.AST) -> str:
+    "The source of a definition, its decorators included; docstrings, comments behind them and blank lines are left out."
+    first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
+    docs = [part.body[0] for part in ast.walk(node) if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and isinstance(part.body[0], ast.Expr) and isinstance(part.body[0].value, ast.Constant)]
+    gone = {line for doc in docs for line in range(doc.lineno, doc.end_lineno + 1)}
+    return "\n".join(lines[i - 1].rstrip() for i in range(first, node.end_lineno + 1) if i not in gone and lines[i - 1].strip())
+
+@functools.lru_cache(maxsize=4)
+def _definitions(package: Path) -> tuple[dict[tuple[str, str], list[tuple[str, set[str]]]], dict[tuple[str, str], tuple[str, str]]]:
+    "What the modules of a package define at their top, by module and name: source and names used; and what they import from each other."
+    defined, imported = {}, {}
+    for path in sorted(package.rglob("*.py")):
+        module, text = path.relative_to(package).with_suffix("").as_posix().replace("/", "."), path.read_text(encoding="utf-8")
+        lines, tree = text.splitlines(), ast.parse(text)
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]      # `Run.update = ...` belongs to `Run`
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names = [node.name]
+            for name in names:
+                if name != "__all__": defined.setdefault((module, name), []).append((_without_docstrings(lines, node), _names(node)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mechinterp_lib.")):
+                for alias in node.names: imported[module, alias.asname or alias.name] = ((node.module or "").removeprefix("mechinterp_lib."), alias.name)
+    return defined, imported
+
+# %% ../nbs/00_core.ipynb #4355c5e6
+def _used_by(function: Any) -> set[tuple[str, str]]:
+    "Module and name of what a function, a `partial` of one, or a lambda starts from."
+    if isinstance(function, functools.partial): return set().union(*map(_used_by, [function.func, *function.args, *function.keywords.values()]))
+    if not callable(function) or not hasattr(function, "__module__"): return set()
+    module = function.__module__.removeprefix("mechinterp_lib.")
+    return {(module, name) for name in (function.__code__.co_names if function.__name__ == "<lambda>" else [function.__name__])}
+
+def code_hashes(function: Callable, package: Path | None = None) -> dict[str, str]:
+    "For each module of the package a hash of those of its definitions that `function` can reach; docstrings play no part."
+    package = package or (Path(__file__).resolve().parent if "__file__" in globals() else home() / "mechinterp_lib")
+    defined, imported = _definitions(package)
+    reached, waiting = set(), _used_by(function)
+    while waiting:
+        place = waiting.pop()
+        place = imported.get(place, place) if place not in defined else place
+        if place in reached or place not in defined: continue
+        reached.add(place)
+        waiting |= {(place[0], name) for _, names in defined[place] for name in names}
+    parts: dict[str, list[str]] = {}
+    for module, name in sorted(reached): parts.setdefault(module, []).extend(source for source, _ in defined[module, name])
+    return {module: hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16] for module, sources in parts.items()}
+
 # %% ../nbs/00_core.ipynb #d7d065a3
 def results_dir(experiment: str) -> Path:
     "`results/EXPERIMENT/` of this checkout; it need not exist."
@@ -287,6 +341,6 @@ def run_stage(experiment: str, name: str, stage: Stage, write: bool = True, fold
     inputs, began = file_hashes(stage.inputs()) if write else {}, time.monotonic()       # as they are before anything can change them
     results, tables = stage.make()
     if write:
-        record = provenance(stage.config, stage.seeds, inputs, stage.device, seconds=time.monotonic() - began)
+        record = provenance(stage.config, stage.seeds, inputs, stage.device, seconds=time.monotonic() - began) | {"code": code_hashes(stage.make)}
         save_results(experiment, name, results, tables, record, folder)
     return results
