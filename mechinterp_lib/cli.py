@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import (PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir,
-                                 run_stage, write_text)
+from .core import PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir, run_stage, write_text
 from .models import stream_tokens, token_ids, window_start
+from .report import EXPERIMENTS, experiment as _experiment, findings_page, stored_stages, verified_page, verify_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
-EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language"}      # and what their findings are headed
-
 # %% auto #0
-__all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'read_for',
-           'cmd_chat', 'cmd_run', 'cmd_verify', 'findings', 'cmd_report', 'parser', 'main']
+__all__ = ['cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'read_for', 'cmd_chat',
+           'cmd_run', 'cmd_verify', 'cmd_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #dc621897
 def cmd_models(args: argparse.Namespace) -> int:
@@ -253,10 +251,6 @@ def cmd_chat(args: argparse.Namespace) -> int:
         except InputError as error: print(error)
 
 # %% ../nbs/30_cli.ipynb #85439b5d
-def _experiment(name: str):
-    check_choice("experiment", name, EXPERIMENTS)
-    return importlib.import_module(f"mechinterp_lib.experiments.{name}")
-
 def cmd_run(args: argparse.Namespace) -> int:
     "Make the stages of an experiment and write them to `results/`; or, with --model, ask a model of your own the same (addition_circuits)."
     experiment = _experiment(args.experiment)
@@ -285,15 +279,6 @@ def _run_on(experiment, args: argparse.Namespace) -> int:
 
 
 # %% ../nbs/30_cli.ipynb #b300b72e
-def _stored_stages(name: str) -> dict[str, dict]:
-    "The provenance of an experiment by stage; an `InputError` if it lacks what `verify` reads."
-    path = results_dir(name) / "provenance.json"
-    stages = read_json(path)
-    whole = isinstance(stages, dict) and all(isinstance(record, dict) and isinstance(record.get("results"), list) and isinstance(record.get("inputs", {}), dict)
-                                             for record in stages.values())
-    if not whole: raise InputError("path", str(path), f"not a provenance record; make it again with: mechinterp run {name}")
-    return stages
-
 def _verify_stage(name: str, stage: str, work: Stage, record: Mapping, stored: Mapping[str, Result]) -> tuple[int, int]:
     "Make a stage again and print how it compares; returns how many stored numbers were recomputed, and the differences."
     now = set(file_hashes(work.inputs()).values())
@@ -309,7 +294,7 @@ def _verify_stage(name: str, stage: str, work: Stage, record: Mapping, stored: M
 # %% ../nbs/30_cli.ipynb #1feba716
 def _verify(name: str) -> tuple[int, int, int, list[str]]:
     "Verify the stages of an experiment: numbers recomputed, numbers stored, differences, and why others were not recomputed."
-    stored, stages, work = load_results(name), _stored_stages(name), _experiment(name).STAGES
+    stored, stages, work = load_results(name), stored_stages(name), _experiment(name).STAGES
     done, wrong, reasons = 0, 0, []
     for stage in [*work, *(stages.keys() - work.keys())]:
         if stage not in stages: reasons.append(f"{name}/{stage}: nothing stored")
@@ -325,8 +310,21 @@ def _verify(name: str) -> tuple[int, int, int, list[str]]:
         print(reasons[-1])
     return done, len(stored), wrong + len(loose), reasons
 
+def _verify_all(minutes: float) -> int:
+    "Make again what is not confirmed, the quickest first; go on another time with what is left."
+    if not minutes > 0: raise InputError("minutes", minutes, "allowed: above 0")
+    wrong = 0
+    for name, stage, said in verify_all([name for name in EXPERIMENTS if results_dir(name).exists()], minutes):
+        if isinstance(said, str): print(f"{name}/{stage}: left: {said}", flush=True); continue
+        wrong += len(said["differences"])
+        print(f"{name}/{stage}: {said['n']} numbers, {len(said['differences'])} differences, largest move {said['moved']:.2g}, {said['seconds']:.0f} s", *said["differences"], sep="\n  ", flush=True)
+    print(f"written to {write_text(home() / 'results' / 'VERIFIED.md', verified_page())}")
+    return 1 if wrong else 0
+
 def cmd_verify(args: argparse.Namespace) -> int:
-    "Make the numbers of an experiment again and compare them with the stored ones."
+    "Make the numbers of an experiment again and compare them with the stored ones. With --all: of every experiment, stage by stage, the quickest first, as many as an hour allows; what is confirmed is not made again."
+    if args.all and args.experiment: raise InputError("experiment", args.experiment, "not together with --all")
+    if args.all: return _verify_all(args.minutes)
     names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
     done, stored, wrong, reasons = zip(*map(_verify, names))
     if not sum(done):
@@ -335,19 +333,9 @@ def cmd_verify(args: argparse.Namespace) -> int:
     return 1 if sum(wrong) else 0
 
 # %% ../nbs/30_cli.ipynb #34668665
-def findings(names: Sequence[str] = EXPERIMENTS) -> str:
-    "The findings of each experiment that has results, as Markdown, every number read from its summary."
-    parts = []
-    for name in names:
-        if (results_dir(name) / "summary.json").exists():
-            try: lines = _experiment(name).findings(load_results(name))
-            except KeyError as error: raise InputError("results", name, f"the summary lacks {error}; make it again with: mechinterp run {name}") from error
-            parts.append("\n".join([f"## {EXPERIMENTS[name]}", "", *(f"- {line}" for line in lines)]))
-    return "# Findings\n\nBrackets hold 95% intervals and n.\n\n" + ("\n\n".join(parts) or "No results yet.") + "\n"
-
 def cmd_report(args: argparse.Namespace) -> int:
     "Write `results/FINDINGS.md` from the summaries and print it."
-    text = findings()
+    text = findings_page()
     write_text(home() / "results" / "FINDINGS.md", text)
     print(text)
     return 0
@@ -433,7 +421,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--model", help="a model of your own, as load_model takes it, in the place of the shipped ones (addition_circuits)")
     run.add_argument("--out", type=Path, help="with --model: the folder that is written (default: EXPERIMENT-MODEL)")
     run.add_argument("--device", help="with --model: cpu, cuda or mps")
-    add("verify", cmd_verify).add_argument("experiment", nargs="?", help="default: all that have results")
+    verify = add("verify", cmd_verify)
+    verify.add_argument("experiment", nargs="?", help="default: all that have results")
+    verify.add_argument("--all", action="store_true", help="all experiments, resumable; the report is results/VERIFIED.md")
+    verify.add_argument("--minutes", type=float, default=60.0, help="with --all: start no stage that would end later; default 60")
     add("report", cmd_report)
     return top
 

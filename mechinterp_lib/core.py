@@ -222,11 +222,15 @@ def _names(node: ast.AST) -> set[str]:
     found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     return found | {alias.name for part in ast.walk(node) if isinstance(part, ast.ImportFrom) for alias in part.names}
 
-def _without_docstrings(lines: Sequence[str], node: ast.AST) -> str:
-    "The source of a definition, its decorators included; docstrings, comments behind them and blank lines are left out."
+def _what_counts(lines: Sequence[str], node: ast.AST) -> str:
+    "The source of a definition, its decorators included, without what no number hangs on: docstrings, blank lines, and lines that only refuse something."
     first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
-    docs = [part.body[0] for part in ast.walk(node) if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and isinstance(part.body[0], ast.Expr) and isinstance(part.body[0].value, ast.Constant)]
-    gone = {line for doc in docs for line in range(doc.lineno, doc.end_lineno + 1)}
+    def idle(part: ast.AST) -> bool:
+        "Whether a statement is a docstring, or does nothing but raise."
+        if isinstance(part, ast.If): return not part.orelse and all(map(idle, part.body))
+        return isinstance(part, ast.Raise) or isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)
+    parts = [part for part in ast.walk(node) if isinstance(part, ast.stmt) and idle(part) and lines[part.lineno - 1][:part.col_offset].isspace()]
+    gone = {line for part in parts for line in range(part.lineno, part.end_lineno + 1)}
     return "\n".join(lines[i - 1].rstrip() for i in range(first, node.end_lineno + 1) if i not in gone and lines[i - 1].strip())
 
 @functools.lru_cache(maxsize=4)
@@ -241,7 +245,7 @@ def _definitions(package: Path) -> tuple[dict[tuple[str, str], list[tuple[str, s
             names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]      # `Run.update = ...` belongs to `Run`
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names = [node.name]
             for name in names:
-                if name != "__all__": defined.setdefault((module, name), []).append((_without_docstrings(lines, node), _names(node)))
+                if name != "__all__": defined.setdefault((module, name), []).append((_what_counts(lines, node), _names(node)))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mechinterp_lib.")):
                 for alias in node.names: imported[module, alias.asname or alias.name] = ((node.module or "").removeprefix("mechinterp_lib."), alias.name)
@@ -256,7 +260,7 @@ def _used_by(function: Any) -> set[tuple[str, str]]:
     return {(module, name) for name in (function.__code__.co_names if function.__name__ == "<lambda>" else [function.__name__])}
 
 def code_hashes(function: Callable, package: Path | None = None) -> dict[str, str]:
-    "For each module of the package a hash of those of its definitions that `function` can reach; docstrings play no part."
+    "For each module of the package a hash of those of its definitions that `function` can reach; docstrings, and what is refused, play no part."
     package = package or (Path(__file__).resolve().parent if "__file__" in globals() else home() / "mechinterp_lib")
     defined, imported = _definitions(package)
     reached, waiting = set(), _used_by(function)

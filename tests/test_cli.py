@@ -1,11 +1,11 @@
 """The command line: what is used wrongly, or damaged, ends with one line and exit code 2; what does not hold, with 1."""
 import errno, json, os, pickle, subprocess, sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 
-from mechinterp_lib import attention_analysis, cli
+from mechinterp_lib import attention_analysis, cli, report
 from mechinterp_lib.core import Result, Stage, run_stage, write_json
 from mechinterp_lib.data import char_tokenizer, check_splits, read_problems
 from mechinterp_lib.models import new_model, save_model
@@ -149,7 +149,7 @@ def experiment(place, monkeypatch):
     (place / "home" / "input.txt").write_text("as it was")
     inputs = lambda: [place / "home" / "input.txt"]
     stages = {"first": Stage(lambda: ({"a": number(1.0), "b": number(2.0)}, {}), {}, inputs=inputs), "second": Stage(lambda: ({"c": number(3.0)}, {}), {})}
-    monkeypatch.setattr(cli, "_experiment", lambda name: SimpleNamespace(STAGES=stages, findings=lambda results: [f"a is {results['a'].value}"]))
+    for module, name in ((cli, "_experiment"), (report, "experiment")): monkeypatch.setattr(module, name, lambda name: SimpleNamespace(STAGES=stages, findings=lambda results: [f"a is {results['a'].value}"]))
     for name, stage in stages.items(): run_stage(NAME, name, stage)
     return stages
 
@@ -238,6 +238,30 @@ def test_damaged_records(experiment, place, capsys, file, content):
 def test_a_record_that_is_missing(experiment, place, capsys):
     (place / "home" / "results" / NAME / "provenance.json").unlink()
     one_line(capsys, "verify")
+
+
+def test_everything_is_made_again_once(experiment, place, capsys, monkeypatch):
+    made = []
+    for name, stage in dict(experiment).items(): experiment[name] = replace(stage, make=lambda name=name, make=stage.make: made.append(name) or make())
+    def all_of_it(code=0, *options):
+        made.clear()
+        assert cli.main(["verify", "--all", *options]) == code
+        return capsys.readouterr().out
+    def stopped(): raise KeyboardInterrupt
+    whole, experiment["second"] = experiment["second"], replace(experiment["second"], make=stopped)
+    assert cli.main(["verify", "--all"]) != 0 and made == ["first"]                           # stopped in the middle: what is done is kept
+    experiment["second"] = whole
+    said = all_of_it()
+    assert made == ["second"] and f"{NAME}/first: 2 numbers, 0 differences" in said and "3 numbers of 2 stages" in (place / "home/results/VERIFIED.md").read_text()
+    assert all_of_it() and not made
+    (place / "home" / "input.txt").write_text("another")
+    assert report.outdated(NAME, "first") == ["input.txt"] and not report.outdated(NAME, "second")
+    all_of_it()
+    assert made == ["first"] and not report.outdated(NAME, "first")                               # the same numbers from what is here now
+    edit(place, "summary.json", lambda summary: summary["c"].update(value=3.05))
+    assert "c: value was 3.05, now 3" in all_of_it(1) and made == ["second"] and all_of_it(1) and made == ["second"]
+    edit(place, "provenance.json", lambda stages: stages["second"].update(seconds=120.0))
+    assert "takes about 2 minutes, more than is left" in all_of_it(0, "--minutes", "1") and not made
 
 
 def test_report(experiment, place, capsys):

@@ -92,8 +92,8 @@ def test_front_pages_print_their_numbers(name):
 def test_written_findings_are_current():
     written = ROOT / "results" / "FINDINGS.md"
     if not written.exists(): pytest.skip("no findings yet: mechinterp report")
-    from mechinterp_lib.cli import findings
-    assert findings() == written.read_text(encoding="utf-8"), "run mechinterp report"
+    from mechinterp_lib.report import findings_page
+    assert findings_page() == written.read_text(encoding="utf-8"), "run mechinterp report"
 
 
 def test_a_share_is_told_as_a_count(): assert book_results.render({"value": 0.8, "ci_low": 0.4, "ci_high": 1.0, "n": 5}, "of") == "4\N{NO-BREAK SPACE}of\N{NO-BREAK SPACE}5"
