@@ -330,6 +330,10 @@ CLAIMS = (
     Claim("head_taxonomy", "previous-token heads are missed more than others", "grouped", "role == 'previous' and method == 'mean' and model == 'shakespeare-small'", "role == 'previous' and method == 'mean' and model == 'shakespeare-small'", least=_ABOVE, value="change", minus_value="control"),
     Claim("prediction_formation", "the plain lens is further from the model than a translator", "formation", "model == 'shakespeare-small' and measure == 'kl' and mode == 'norm' and layer == '1'", "model == 'shakespeare-small' and measure == 'kl' and mode == 'tuned' and layer == '1'", least=_ABOVE),
     Claim("prediction_formation", "the last layer takes off less than the lens says", "formation", "model == 'shakespeare-small' and measure == 'cross_entropy' and mode == 'norm' and layer == '4'", "model == 'shakespeare-small' and measure == 'cross_entropy' and mode == 'tuned' and layer == '4'", least=_ABOVE),
+)
+
+# %% ../../nbs/27_open_questions.ipynb #b308d211
+CLAIMS += (
     *(Claim("addition_circuits", f"all confirmation sums are right ({blocks})", "accuracy_seeds", _named("accuracy_question", model), least=1.0) for model, blocks in (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))),
     *(Claim("addition_circuits", f"told about another problem, the tens are what one function says ({blocks})", "algorithm_seeds", _named("effect_same_tens_2", model), least=0.9) for model, blocks in (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))),
     Claim("addition_circuits", "the carry is a switch (GPT-2)", "algorithm_seeds", _named("along_carry_switch_2", "addition-gpt2"), least=0.9),
@@ -344,6 +348,7 @@ CLAIMS = (
     Claim("vision_language", "two heads are needed for colours, two others are not", "without_seeds", _named("lost_readers_colour"), _named("lost_others_colour"), least=_ABOVE),
 )
 
+# %% ../../nbs/27_open_questions.ipynb #90401e87
 def claim_table(claim: Claim) -> pd.DataFrame:
     "The seeds of a claim, with its words before them."
     found = claim.seeds()
