@@ -82,8 +82,8 @@ def test_findings_print_their_numbers(path):
     assert not found, f"typed numbers (print them with the res role, or tag the cell {' or '.join(sorted(ALLOWED_TAGS))}): {found}"
 
 
-@pytest.mark.parametrize("name", ["book/intro.md", "README.md"])
-def test_front_pages_print_their_numbers(name):
+@pytest.mark.parametrize("name", ["book/intro.md", "book/lab_notebook.md", "book/safety.md", "README.md"])
+def test_pages_print_their_numbers(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     if name == "README.md": text = "".join(re.findall(r"^## [^\n]*(?:[Ff]ound|[Ff]inding)[^\n]*\n.*?(?=^## |\Z)", text, re.M | re.S))
     assert not typed_numbers(re.sub(r"Python \d+\.\d+", "", text))
