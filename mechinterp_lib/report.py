@@ -75,6 +75,7 @@ def verify_stage(name: str, stage: str, work: Stage) -> dict:
     moved, which = largest_move(own, again)
     return {"fingerprint": made_from, "n": len(own.keys() & again.keys()), "differences": lines, "moved": float(f"{moved:.3g}"), "moved_most": which, "seconds": round(time.monotonic() - began, 1), "git_commit": _git("rev-parse", "HEAD")}
 
+# %% ../nbs/19_report.ipynb #00da2ded
 def waiting(names: Sequence[str]) -> tuple[list[tuple[str, str, Stage]], dict[tuple[str, str], str]]:
     "The stages that can be made again here and have not come out the same with the code and the files that are here, the quickest first; and why others are not among them."
     todo, left = [], {}
@@ -210,6 +211,7 @@ def models_table() -> str:
         rows.append(f"| `{family}` | {sum(not name.endswith('-early') for name in names)} | {about['parameters']:,} | {about['n_layers']} x {about['n_heads']} | {about['d_model']} |")
     return "\n".join(["| models | seeds | parameters | layers x heads | width |", "|---|---|---|---|---|", *rows])
 
+# %% ../nbs/19_report.ipynb #0a0acf95
 def told_elsewhere() -> list[str]:
     "What other pages say, as far as they are here: what the findings mean for larger models, in full; and where lessons and dead ends are told."
     book, lines = home() / "book", []
