@@ -47,6 +47,7 @@ def cmd_models(args: argparse.Namespace) -> int:
     if found := sorted({name.rpartition("/")[0] for name in shipped_saes()}): print(f"autoencoders, opened by load_sae, seed by seed: {', '.join(found)}")
     return 2 if damaged else 0
 
+# %% ../nbs/30_cli.ipynb #e7d6e9b7
 def trained_model(run: tuple) -> dict | None:
     "Train one model: recipe, seed, folder, device, and the step to stop at, if any. What `training.json` says, or None if it was stopped."
     from mechinterp_lib.shapes import ShapesRecipe, train_shapes
