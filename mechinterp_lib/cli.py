@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir, run_stage, write_text
+from .core import PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, pick_device, read_json, results_dir, run_stage, write_text
+from .executor import executor
 from .models import stream_tokens, token_ids, window_start
 from .report import EXPERIMENTS, experiment as _experiment, findings_page, stored_stages, verified_page, verify_all
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'read_for', 'cmd_chat',
-           'cmd_run', 'cmd_verify', 'cmd_report', 'parser', 'main']
+__all__ = ['cmd_models', 'trained_model', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'read_for',
+           'cmd_chat', 'cmd_run', 'cmd_verify', 'cmd_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #dc621897
 def cmd_models(args: argparse.Namespace) -> int:
@@ -44,18 +45,30 @@ def cmd_models(args: argparse.Namespace) -> int:
     if found := sorted({name.rpartition("/")[0] for name in shipped_saes()}): print(f"autoencoders, opened by load_sae, seed by seed: {', '.join(found)}")
     return 2 if damaged else 0
 
+# %% ../nbs/30_cli.ipynb #e7d6e9b7
+def trained_model(run: tuple) -> dict | None:
+    "Train one model: recipe, seed, folder, device, and the step to stop at, if any. What `training.json` says, or None if it was stopped."
+    from mechinterp_lib.shapes import ShapesRecipe, train_shapes
+    from mechinterp_lib.training import train
+    recipe, seed, out, device, until = run
+    return train_shapes(seed, out, recipe=recipe, until=until) if isinstance(recipe, ShapesRecipe) else train(recipe, seed, out, device=device, until=until)
+
 def cmd_train(args: argparse.Namespace) -> int:
-    "Train a model, or go on with a training that was stopped."
-    from mechinterp_lib.shapes import SHAPES_RECIPE, train_shapes
-    from mechinterp_lib.training import load_recipe, model_dir, recipes, steps_done, train
-    shapes = args.recipe == SHAPES_RECIPE.name
+    "Train a model, or one for each of several seeds, or go on with a training that was stopped."
+    from mechinterp_lib.executor import in_turn
+    from mechinterp_lib.shapes import SHAPES_RECIPE
+    from mechinterp_lib.training import load_recipe, model_dir, recipes, steps_done
+    shapes, seeds = args.recipe == SHAPES_RECIPE.name, list(dict.fromkeys(args.seed))
     if not str(args.recipe).endswith(".json"): check_choice("recipe", args.recipe, [*recipes(), SHAPES_RECIPE.name])
     recipe = SHAPES_RECIPE if shapes else load_recipe(args.recipe)
-    out = args.out or model_dir(recipe, args.seed)
     if shapes and args.device not in (None, "cpu"): raise InputError("device", args.device, f"{recipe.name} is trained on the processor; allowed: cpu")
-    record = train_shapes(args.seed, out, until=args.until) if shapes else train(recipe, args.seed, out, device=args.device, until=args.until)
-    if record is None: print(f"stopped at step {steps_done(recipe, args.seed)} of {recipe.steps}; without --until, the same command goes on from there")
-    else: print(f"{out}: validation loss {record['validation_loss']:.4f} nats/token, best at step {record['best_step']}, {record['seconds']:.0f} s")
+    device = "cpu" if shapes else pick_device(args.device)
+    outs = [model_dir(recipe, seed) if not args.out else args.out / f"seed{seed}" if len(seeds) > 1 else args.out for seed in seeds]
+    runs = [(recipe, seed, out, device, args.until) for seed, out in zip(seeds, outs)]
+    for (_, seed, out, *_), record in zip(runs, in_turn(trained_model, runs, gpus=int(device.startswith("cuda")))):
+        if record is None: print(f"stopped at step {steps_done(recipe, seed)} of {recipe.steps}; without --until, the same command goes on from there")
+        elif not out.exists(): raise InputError("out", str(out), "the model is on the machine that trained it, for the cluster's machines do not share this folder")
+        else: print(f"{out}: validation loss {record['validation_loss']:.4f} nats/token, best at step {record['best_step']}, {record['seconds']:.0f} s")
     return 0
 
 # %% ../nbs/30_cli.ipynb #bfdee799
@@ -397,6 +410,11 @@ def _data(add: Callable) -> None:
     addition.add_argument("--out", type=Path, help="the file (default: addition.csv or addition.jsonl)")
 
 # %% ../nbs/30_cli.ipynb #8801f2aa
+def _spreading(command: argparse.ArgumentParser) -> None:
+    "Where a command's models are trained or measured."
+    command.add_argument("--executor", default="local", choices=["local", "ray"], help="local: on this machine; ray: spread over the machines of a Ray cluster, which see the same checkout, data and cache at the same paths (default: local)")
+    command.add_argument("--address", help="with --executor ray: of the cluster, HOST:PORT (default: RAY_ADDRESS, else one is started here and stopped at the end)")
+
 def parser() -> argparse.ArgumentParser:
     "The argument parser of `mechinterp`."
     top = _Parser(prog="mechinterp", description="Research into how small transformers compute: its models, experiments and numbers.")
@@ -404,13 +422,13 @@ def parser() -> argparse.ArgumentParser:
     def add(name, function):
         "A command, described by its function's docstring."
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, executor="local", address=None)
         return command
     add("models", cmd_models).add_argument("--families", action="store_true", help="which families of models can be opened, from where, and what can be asked of each")
     train = add("train", cmd_train)
     train.add_argument("recipe", help="the name of a shipped recipe, or a .json file with the fields of mechinterp_lib.training.Recipe")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--out", type=Path, help="folder of the finished model (default: models/NAME/seedN)")
+    train.add_argument("--seed", type=int, nargs="+", default=[0], help="one, or several: a model for each (default: 0)")
+    train.add_argument("--out", type=Path, help="folder of the finished model, of several seeds the folder that gets seedN of each (default: models/NAME/seedN)")
     train.add_argument("--device", help="cpu, cuda or mps (default: an accelerator if there is one)")
     train.add_argument("--until", type=int, help="stop after this many steps; without --until, the same command goes on from there")
     _data(add)
@@ -425,6 +443,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("experiment", nargs="?", help="default: all that have results")
     verify.add_argument("--all", action="store_true", help="all experiments, resumable; the report is results/VERIFIED.md")
     verify.add_argument("--minutes", type=float, default=60.0, help="with --all: start no stage that would end later; default 60")
+    for command in (train, run, verify): _spreading(command)
     add("report", cmd_report)
     return top
 
@@ -433,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     "The `mechinterp` command; returns its exit code."
     try:
         args = parser().parse_args(arguments)
-        return args.function(args)
+        with executor(args.executor, args.address): return args.function(args)
     except InputError as error: reason = str(error)
     except BrokenPipeError:                                                 # the reader, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")

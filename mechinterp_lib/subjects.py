@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 from .attention_analysis import untrained_copy
 from .core import Result, check_choice, home, results_dir
 from .data import char_tokenizer, encode, fetch, has_corpus, load_text
+from .executor import in_parallel
 from .models import as_bridge, list_models, load_model
 from .statistics import mean_result, rate_result, seeds_result
 from .training import Recipe, alphabet, kept_steps, load_recipe, snapshots, steps_done
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ['PUBLIC_FILES', 'FAMILIES', 'SIX_LAYERS', 'ADDITION', 'Asks', 'Passes', 'Subject', 'shipped_subjects',
            'untrained_twin', 'untrained_subjects', 'public_subjects', 'bos_token', 'with_bos', 'token_options',
            'subject_tokens', 'shown_tokens', 'passages', 'moments', 'some_steps', 'shipped_runs', 'moments_missing',
-           'lasting_from', 'over_seeds', 'key', 'kept', 'brief', 'in_parallel', 'gathered', 'as_predicted',
-           'corpus_missing', 'babyllama_missing', 'subject_files', 'stored_tables', 'tables_missing']
+           'lasting_from', 'over_seeds', 'key', 'kept', 'brief', 'gathered', 'as_predicted', 'corpus_missing',
+           'babyllama_missing', 'subject_files', 'stored_tables', 'tables_missing']
 
 # %% ../nbs/13_subjects.ipynb #db6b4ee3
 @dataclass(frozen=True)
@@ -162,17 +163,6 @@ def brief(result: Result) -> str:
 
 # %% ../nbs/13_subjects.ipynb #d1df3246
 Asks = Callable[[Subject], tuple[dict[str, "pd.DataFrame"], dict[str, float]]]                 # of one model: tables, and numbers by name
-
-def in_parallel(asks: Callable[[Any], Any], items: Sequence[Any], unit: str = "model") -> list[Any]:
-    "What `asks` says of each, in order: as many at a time as there are processors for this process, each with one thread and about half a gigabyte; one after another where there is one, or where `asks` is not in a module."
-    import os, torch
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-    from tqdm import tqdm
-    bar = partial(tqdm, total=len(items), desc=asks.__name__, unit=unit)
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(items))
-    if workers < 2 or asks.__module__ == "__main__": return list(bar(map(asks, items)))
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool: return list(bar(pool.map(asks, items)))
 
 def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[str, str, tuple[float, float] | None]], group: Callable[[int], str] = lambda seed: "") -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The tables of all models, one of the numbers of each (named after `asks`), and one number for each family, `group` (of a seed, a prefix) and name, over the seeds that have it; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."

@@ -18,6 +18,7 @@ from ..circuits import (ABLATIONS, FRACTIONS as EDGE_FRACTIONS, Runner, curve_ar
                                      until_faithful)
 from ..core import InputError, Result, Stage, check_choice, check_range, generator, load_results, load_table
 from ..data import char_tokenizer, encode, load_text, repeated_random, split, windows
+from ..executor import in_turn
 from ..interventions import capture, hook_name, replaced
 from ..logit_lens import depth, logit_lens
 from ..models import as_bridge, head_label, load_model, new_model
@@ -42,7 +43,7 @@ __all__ = ['PURPOSES', 'MEASURES', 'WHAT', 'CHANGES', 'EXPERIMENT', 'FRACTIONS',
            'VARIED', 'KEPT', 'BACK', 'WINDOW', 'PASSAGES', 'STAGES', 'copy_length', 'stimuli', 'unrelated', 'copying',
            'best_heads', 'measure', 'describe', 'result_frame', 'copying_families', 'copying_stage', 'moment', 'course',
            'phase_change', 'plateau', 'course_stage', 'diet_recipe', 'diets', 'match_rows', 'match_stage',
-           'last_weights', 'measure_diet', 'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets',
+           'last_weights', 'measure_diet', 'fed', 'diets_stage', 'diets_missing', 'strong_heads', 'matched_sets',
            'reference_means', 'ablations', 'outcomes', 'ablation_effects', 'ablation_stage', 'composition_effects',
            'composition_row', 'edge_effects', 'circuit_figure', 'composition_stage', 'patching_maps', 'patching_paths',
            'patching_gap', 'telling_subjects', 'patching_stage', 'patching_figure', 'circuit_rows', 'circuits_stage',
@@ -259,13 +260,17 @@ def measure_diet(recipe: Recipe, seed: int) -> dict:
 DIET_COLUMNS = {"validation_loss": "nats/token", "tested_heads": "heads", "best_induction": "", "best_previous": "", "random_second_accuracy": "", "random_advantage": "nats/token",
                 "natural_advantage": "nats/token", **{f"match_{m}_probability": "" for m in (1, 2, 4)}}
 
+def fed(run: tuple[Recipe, int]) -> dict:
+    "Train one diet; its weights stay in the cache."
+    recipe, seed = run
+    return train(recipe, seed, run_dir(recipe, seed) / "model")
+
 def diets_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Train the diets that are missing (minutes each), measure all, sum up those with several seeds, and follow one seed of each."
     import pandas as pd
     rows, courses, results = [], [], {}
+    for _ in in_turn(fed, [(recipe, seed) for recipe in diets().values() for seed in DIET_SEEDS if not last_weights(recipe, seed).exists()]): pass
     for name, recipe in diets().items():
-        for seed in DIET_SEEDS:
-            if not last_weights(recipe, seed).exists(): train(recipe, seed, run_dir(recipe, seed) / "model")
         measured = [measure_diet(recipe, seed) for seed in DIET_SEEDS]
         rows += measured
         courses.append(course(recipe, 0))
