@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
-EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language"}      # and what their findings are headed
+EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "method_validation": "Method validation"}      # and what their findings are headed
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'cmd_lens', 'cmd_attention', 'Chat', 'read_for',
