@@ -14,28 +14,29 @@ from typing import TYPE_CHECKING, Callable, Iterable, Mapping, Sequence
 
 from .core import InputError, check_choice, check_range, check_suffix, generator, seed_for, seeded
 from .interventions import capture, check_tokens, dataset_rows, hook_name, norm_gain
-from .models import as_bridge, head_label, token_ids, token_names
+from .models import as_bridge, blank_model, head_label, set_head, stream_parts, token_ids, token_names
 
 if TYPE_CHECKING:
     import numpy as np, pandas as pd, torch
     from jaxtyping import Bool, Float, Int
     from matplotlib.figure import Figure
     from mechinterp_lib.plots import HtmlFigure
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformer_lens.hook_points import HookPoint
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
-__all__ = ['DELIMITERS', 'ROLES', 'Attention', 'extract_attention', 'mean_diagonal', 'current_token_scores',
+__all__ = ['ROLE_LETTERS', 'DELIMITERS', 'ROLES', 'Attention', 'extract_attention', 'mean_diagonal', 'current_token_scores',
            'previous_token_scores', 'first_token_scores', 'duplicate_token_scores', 'induction_scores',
            'diagonal_scores', 'head_scores', 'position_losses', 'copy_metrics', 'in_context_score', 'match_lengths',
            'Matches', 'match_sequences', 'copying_by_match_length', 'shuffle_second_copy', 'untrained_copy',
-           'untrained_scores', 'find_induction_heads', 'uniform_scores', 'local_ngram_scores', 'positional_scores',
-           'targeted_scores', 'match_targets', 'ngram_induction_scores', 'delimiter_targets', 'delimiter_scores',
-           'ov_outputs', 'copying_scores', 'copy_suppression_scores', 'ordinal_series', 'successor_scores',
-           'untrained_roles', 'categorize_attention_heads', 'head_roles', 'find_attention_patterns',
-           'compute_attention_stats', 'visualize_attention_head', 'visualize_all_heads', 'plot_attention_head',
-           'plot_all_heads', 'plot_attention', 'plot_head_roles']
+           'untrained_scores', 'find_induction_heads', 'set_scores', 'set_writing', 'roles_model',
+           'letters_and_brackets', 'uniform_scores', 'local_ngram_scores', 'positional_scores', 'targeted_scores',
+           'match_targets', 'ngram_induction_scores', 'delimiter_targets', 'delimiter_scores', 'ov_outputs',
+           'copying_scores', 'copy_suppression_scores', 'ordinal_series', 'successor_scores', 'untrained_roles',
+           'categorize_attention_heads', 'head_roles', 'find_attention_patterns', 'compute_attention_stats',
+           'visualize_attention_head', 'visualize_all_heads', 'plot_attention_head', 'plot_all_heads', 'plot_attention',
+           'plot_head_roles']
 
 # %% ../nbs/08_attention_analysis.ipynb #e5c92036
 def _check_tokens(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
@@ -346,6 +347,70 @@ def find_induction_heads(model: TransformerBridge, n_sequences: int = 64, *, len
         rows.append({"layer": layer, "head": head, "label": head_label(layer, head), "score": score, "ci_low": ci_low, "ci_high": ci_high,
                      **{name: float(values[layer, head]) for name, values in columns.items()}, "induction": bool(passed[layer, head])})
     return pd.DataFrame(rows)
+
+# %% ../nbs/08_attention_analysis.ipynb #dbd817c0
+ROLE_LETTERS, _CONTEXT = "()abcdefghij", 48                                                   # what models of known roles read, and how many positions they know
+
+def set_scores(module: nn.Module, layer: int, head: int, *blocks: tuple[str, str, Float[Tensor, "query key"]]) -> None:
+    "Let a head of a blank model score a key by `100 * S[query, key]`, summed over `blocks` of (query part, key part, S)."
+    import torch
+    part, attention, first = stream_parts(module.cfg.d_vocab, module.cfg.n_ctx), module.layers[layer].attn, head * module.cfg.n_ctx
+    for query, key, scores in blocks:
+        n = scores.shape[1]
+        attention.q.weight[first:first + n, part[query]][:, :scores.shape[0]] = 100 * scores.T
+        attention.k.weight[first:first + n, part[key]][:, :n] = torch.eye(n)
+        first += n
+
+def set_writing(module: nn.Module, layer: int, head: int, matrix: Float[Tensor, "token answer"]) -> None:
+    "Let a head of a blank model write `matrix[token]` into the answer for every token that it attends to."
+    import torch
+    part, attention, d_vocab = stream_parts(module.cfg.d_vocab, module.cfg.n_ctx), module.layers[layer].attn, module.cfg.d_vocab
+    places = slice(head * module.cfg.n_ctx, head * module.cfg.n_ctx + d_vocab)
+    attention.v.weight[places, part["token"]] = torch.eye(d_vocab)
+    attention.o.weight[part["answer"], places] = matrix.T
+
+# %% ../nbs/08_attention_analysis.ipynb #acdf5700
+def _known_scores() -> dict[str, list[tuple[str, str, Float[Tensor, "query key"]]]]:
+    "What the heads of known roles score, those aside that compare parts of the stream alone."
+    import torch
+    V, L = len(ROLE_LETTERS), _CONTEXT // 2
+    one, same, bracket = torch.eye(L), torch.eye(V), torch.zeros(V, V)
+    bracket[1, 0] = 1
+    halfway = torch.nn.functional.one_hot(torch.arange(L) // 2, L).float()
+    return {"current": [("position", "position", one)], "previous": [], "first": [("position", "position", torch.ones(L, 1))],
+            "local": [("position", "position", sum(torch.ones(L, L).triu(-back).tril(-back) for back in (2, 3, 4)))],
+            "positional": [("position", "position", halfway)], "duplicate": [("token", "token", same), ("position", "position", -2 * one)],
+            "delimiter": [("token", "token", bracket)], "copying": [], "copy_suppression": [("token", "token", same.roll(1, 1))], "successor": [], "induction": []}
+
+def roles_model(places: Mapping[str, tuple[int, int]] | None = None, n_heads: int = 10) -> TransformerBridge:
+    "Two layers of attention made by hand, which read up to 24 of `ROLE_LETTERS`: one head for each role in `places`, at its (layer, head), all others blank; by default ten in layer 0, and `induction` in layer 1. `InputError` for another role, one head with two, or an induction head that is not above a previous-token head."
+    import torch
+    known, V = _known_scores(), len(ROLE_LETTERS)
+    places = {role: (i // 10, i % 10) for i, role in enumerate(known)} if places is None else dict(places)
+    for role, (layer, head) in places.items(): check_choice("role", role, known), check_range("layer", layer, 0, 2), check_range("head", head, 0, n_heads)
+    if len(set(places.values())) < len(places): raise InputError("places", places, "allowed: one role a head")
+    if "induction" in places and (places["induction"][0], places.get("previous", (1, 0))[0]) != (1, 0): raise InputError("places", places, "induction has to be in layer 1, and previous in layer 0")
+    module, part, same = blank_model(2, n_heads, V, _CONTEXT), stream_parts(V, _CONTEXT), torch.eye(V)
+    module.tok_embed.weight[:, part["answer"]] = same.roll(1, 1)
+    writes = {"copying": same, "copy_suppression": -same, "successor": 2 * same.roll(1, 1)}
+    for role, (layer, head) in places.items():
+        if role == "previous": set_head(module, layer, head, query="position", key="position", write="before", shift=1)
+        if role == "induction":
+            set_head(module, layer, head, query="token", key="before", write="answer")
+            spare = (head + 1) * _CONTEXT - 1                                                # nobody looks at the first position, before which nothing stands
+            module.layers[layer].attn.q.bias[spare], module.layers[layer].attn.k.weight[spare, part["position"].start] = 1, -1000
+        set_scores(module, layer, head, *known[role])
+        if role in writes: set_writing(module, layer, head, writes[role])
+    from mechinterp_lib.data import char_tokenizer
+    return as_bridge(module, char_tokenizer(ROLE_LETTERS))
+
+def letters_and_brackets(n: int, seed: int) -> Int[Tensor, "row pos"]:
+    "`n` texts for such models: 24 random letters each, and among them one pair of brackets."
+    import torch
+    V, L = len(ROLE_LETTERS), _CONTEXT // 2
+    rows = torch.randint(2, V, (n, L), generator=generator("twelve heads", seed))
+    places = torch.rand(n, L, generator=generator("brackets", seed)).topk(2).indices.sort(1).values
+    return rows.scatter(1, places, torch.tensor([0, 1]).expand(n, 2))
 
 # %% ../nbs/08_attention_analysis.ipynb #a9c5bcbc
 def uniform_scores(pattern: Float[Tensor, "*batch query_pos key_pos"]) -> Float[Tensor, "*batch"]:

@@ -11,11 +11,11 @@ from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
-from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, has_component, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
+from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, copying_task, has_component, logit_diff, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
 from .activation_patching import find_circuit as find_by_paths
 from .core import InputError, check_choice, check_number, check_range, generator
 from .interventions import MEMORY, Edit, check_model, differentiable_run, head_changes, head_weights, heads_alone, norm_behind, tolerance
-from .models import head_label
+from .models import fixed_offset_model, head_label, induction_model, two_branch_model
 from .statistics import auroc, map_intervals
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'FRACTIONS', 'METHODS', 'edge_names', 'names_nodes', 'Graph', 'model_graph', 'node_edges', 'graph_pairs',
-           'Runner', 'edge_attribution', 'edge_auroc', 'top_edges', 'top_nodes', 'faithfulness_curve', 'curve_areas',
-           'Evaluation', 'evaluate_circuit', 'lost_without', 'random_circuit', 'matched_circuit', 'outside_circuit',
-           'acdc', 'halves', 'find_circuit', 'until_faithful', 'causal_scrub', 'draw_circuit']
+           'Runner', 'edge_attribution', 'edge_auroc', 'known_cases', 'top_edges', 'top_nodes', 'faithfulness_curve',
+           'curve_areas', 'Evaluation', 'evaluate_circuit', 'lost_without', 'random_circuit', 'matched_circuit',
+           'outside_circuit', 'acdc', 'halves', 'find_circuit', 'until_faithful', 'causal_scrub', 'draw_circuit']
 
 # %% ../nbs/11_circuits.ipynb #e789419c
 def edge_names(edges: Edges) -> list[tuple[str, str]]:
@@ -505,6 +505,27 @@ def edge_auroc(scores: Scan, edges: Sequence[tuple[str, str]]) -> float:
     there = ~np.isnan(size)
     if not (true & there).any() or not (~true & there).any(): raise InputError("edges", edges, "at least one true and one other edge are needed")
     return float(auroc(size[there], true[there]))
+
+# %% ../nbs/11_circuits.ipynb #b1cafef3
+def known_cases(n: int = 24, seeds: Sequence[int] = range(3)) -> Iterator[tuple[str, TransformerBridge, Task, list[tuple[str, str]]]]:
+    "Models made by hand, their heads in places that each seed draws; tasks of `n` pairs for them, and their true edges. Four cases a seed."
+    import torch
+    for seed in seeds:
+        places = torch.randperm(4, generator=generator("places", seed)).tolist()
+        previous, decoy, induction = places[0], places[1], places[2]
+        model = induction_model(previous, induction, decoy, n_heads=4)
+        true = [("embed", f"L0H{previous}.v"), (f"L0H{previous}", f"L1H{induction}.k"), (f"L1H{induction}", "logits")]
+        yield f"induction, heads {places}", model, copying_task(model, n, match=1, gap=1, seed=seed), true
+        asked = copying_task(model, n, match=1, gap=1, seed=seed, exchange="last")
+        yield "the same, last word exchanged", model, asked, [("embed", f"L1H{induction}.q"), (f"L1H{induction}", "logits")]
+        copier = fixed_offset_model(1, layer=seed % 2, head=previous, n_layers=2, n_heads=4)
+        one, two = torch.randint(12, (2, n, 8), generator=generator("copier", seed))
+        two[:, :6], two[:, 7] = one[:, :6], one[:, 7]
+        two[:, 6] = (one[:, 6] + 1 + torch.randint(11, (n,), generator=generator("other", seed))) % 12
+        yield "previous-token copier", copier, Task("copier", one, two, logit_diff(copier, one[:, 6], two[:, 6]), [str(i) for i in range(8)]), [("embed", f"L{seed % 2}H{previous}.v"), (f"L{seed % 2}H{previous}", "logits")]
+        branches, one, two = two_branch_model(previous, induction, decoy, n_heads=4), one.clone(), two.clone()
+        one[:, 5], two[:, 5], two[:, 4] = one[:, 6], two[:, 6], (one[:, 4] + 1) % 12                    # both branches find the answer, and the decoy another word
+        yield "two branches", branches, Task("branches", one, two, logit_diff(branches, one[:, 6], two[:, 6]), [str(i) for i in range(8)]), [edge for head in (f"L0H{previous}", f"L1H{induction}") for edge in (("embed", f"{head}.v"), (head, "logits"))]
 
 # %% ../nbs/11_circuits.ipynb #130283f0
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

@@ -17,7 +17,7 @@ __all__ = ['EXPERIMENTS', 'experiment', 'stored_stages', 'changes', 'verified', 
            'plain', 'verdicts', 'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere', 'findings_page']
 
 # %% ../nbs/19_report.ipynb #467927fb
-EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "open_questions": "Open questions"}      # and what their findings are headed
+EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "open_questions": "Open questions", "method_validation": "Method validation"}      # and what their findings are headed
 
 def experiment(name: str) -> Any:
     "The module of an experiment; an `InputError` for a name that there is not."
