@@ -80,7 +80,7 @@ def _values(node, lines: list[str]) -> list[Entry]:
     "Constants, each with its value where it is short, and the comment behind them."
     targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets[0].elts if isinstance(node.targets[0], ast.Tuple) else [node.targets[0]]
     values = node.value.elts if len(targets) > 1 and isinstance(node.value, ast.Tuple) else [node.value] * len(targets)
-    shown = [value if len(value := ast.unparse(each)) <= 120 else "" for each in values]
+    shown = [value if len(value := ast.unparse(each)) <= 200 else "" for each in values]
     kind = {"type": ast.unparse(node.annotation)} if isinstance(node, ast.AnnAssign) else {}
     said = _comment(node, lines)
     if said and len(targets) > 1: said = ", ".join(f"`{ast.unparse(target)}`" for target in targets) + f": {said}"
