@@ -60,7 +60,7 @@ constraints: .venv/.ready
 	  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make constraints" --output-file constraints.txt
 
 clean:
-	rm -rf book/_build build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf book/_build reference build dist *.egg-info .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

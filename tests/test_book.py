@@ -1,5 +1,5 @@
 """The built book: every chapter there, its numbers printed, its pictures described, and nothing fetched from another host."""
-import os, re
+import os, re, sys
 from html.parser import HTMLParser
 
 import pytest
@@ -8,6 +8,9 @@ from project import ROOT, SITE, cells
 
 if not (SITE / "index.html").exists() and not os.environ.get("MECHINTERP_NEEDS_BOOK"):
     pytest.skip("the book is not built: run make book", allow_module_level=True)
+
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+import reference
 
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 DOCUMENTS = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
@@ -105,3 +108,35 @@ def test_figures_have_captions(page):
     pictures = [p for p in fetched(page.read_text(encoding="utf-8")).pictures if "_images/" in p["src"]]
     bare = [p["src"] for p in pictures if not p.get("alt") or p["alt"].endswith((".svg", ".png"))]
     assert bare == [], "a caption states what each figure found: #| fig-cap"
+
+
+MODULES = [reference.module_page(path, ROOT) for folder in ("mechinterp_lib", "mechinterp_lib/experiments") for path in sorted((ROOT / folder).glob("[a-z]*.py"))]
+
+
+def page_of(module: str) -> str:
+    "The built page of a module's names."
+    return (SITE / "reference" / f"{module.removeprefix('mechinterp_lib.').replace('.', '/')}.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("module, text, entries", MODULES, ids=[module for module, *_ in MODULES])
+def test_every_public_name_has_its_place(module, text, entries):
+    html, index = page_of(module), (SITE / "reference" / "index.html").read_text(encoding="utf-8")
+    missing = [name for entry in entries for name in (entry.name, *(f"{entry.name}.{member.name}" for member in entry.members)) if f'id="{name}"' not in html]
+    assert not missing
+    assert not [entry.name for entry in entries if f"#{module}.{entry.name}" not in index]
+
+
+@pytest.mark.parametrize("module, text, entries", MODULES, ids=[module for module, *_ in MODULES])
+def test_every_name_links_to_its_definition(module, text, entries):
+    links = re.findall(r'href="([^"#]*)#(defined-\w+)"', page_of(module))
+    assert len(links) == len(entries)
+    folder = (SITE / "reference" / module.removeprefix("mechinterp_lib.").replace(".", "/")).parent
+    assert not [(page, anchor) for page, anchor in links if f'id="{anchor}"' not in (folder / page).read_text(encoding="utf-8")]
+
+
+def test_search_finds_names():
+    index = (SITE / "searchindex.js").read_text(encoding="utf-8")
+    assert not [name for _, _, entries in MODULES for name in (entry.name for entry in entries) if name not in index]
+
+
+def test_no_page_shows_what_installs_in_colab(): assert not [page.name for page in (SITE / "nbs").glob("*.html") if "google.colab" in page.read_text(encoding="utf-8")]

@@ -1,13 +1,16 @@
 """The notebooks: in step with the exported code, clean, in order, short, and without typed results."""
-import ast, filecmp, re, shutil, subprocess, sys
+import ast, configparser, filecmp, os, re, shutil, subprocess, sys
 
+import nbformat
 import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell
 from project import FINDINGS, NOTEBOOKS, ROOT, cells, exported, module_of
 from typed_numbers import ALLOWED_TAGS, in_cell, typed_numbers
 
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
-import results as book_results
+import colab, results as book_results
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -54,7 +57,55 @@ def test_exported_cells_are_short(path):
 def test_few_cells_are_hidden(path):
     code = [c.source for c in cells(path) if c.cell_type == "code"]
     hidden = sum(bool(re.search(r"^#\s*\|\s*hide\s*$", source, re.M)) for source in code)
+    hidden -= sum(c.id == colab.ID for c in cells(path))
     assert hidden <= max(1, len(cells(path)) / 5), f"{hidden} of {len(cells(path))} cells are hidden"
+
+
+@each_notebook
+def test_header_is_the_same_everywhere(path):
+    found = [(number, c.source) for number, c in enumerate(cells(path)) if "google.colab" in c.source]
+    assert found == [(colab.place(cells(path)), colab.header())], "run python book/_ext/colab.py"
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    "What a cell would run, kept and not run."
+    kept = []
+    monkeypatch.setattr(subprocess, "run", lambda arguments, check: kept.append((arguments, check)))
+    monkeypatch.setenv("MECHINTERP_HOME", "as it was")
+    return kept
+
+
+def test_header_does_nothing_outside_colab(commands):
+    names = {}
+    exec(colab.header(), names)
+    assert not commands and os.environ["MECHINTERP_HOME"] == "as it was" and set(names) == {"__builtins__", "sys"}
+
+
+def test_header_installs_in_colab(commands, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    exec(colab.header(), {})
+    home, settings = os.environ["MECHINTERP_HOME"], configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    assert commands == [(["git", "clone", "--depth", "1", settings["DEFAULT"]["git_url"], home], True), ([sys.executable, "-m", "pip", "install", "-q", f"{home}[sae]"], True)]
+
+
+@each_notebook
+def test_opens_in_jupyterlab(path):
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name in KernelSpecManager().find_kernel_specs() and len({c.id for c in notebook.cells}) == len(notebook.cells)
+    kept_back = [c.source for c in notebook.cells if c.cell_type == "code" and re.search(r"^#\s*\|\s*eval:\s*false", c.source, re.M)]
+    assert not kept_back, "Jupyter would run this: show code that cannot run here in a Markdown cell"
+
+
+@pytest.mark.parametrize("folder", ["nbs", "."])
+@pytest.mark.parametrize("name", ["00_core", "03_data"])
+def test_runs_in_jupyter(name, folder, monkeypatch):
+    monkeypatch.delenv("MECHINTERP_HOME", raising=False)
+    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT / folder)}}).execute()
+    assert all(c.execution_count for c in notebook.cells if c.cell_type == "code")
 
 
 def _imports(source: str) -> set[str]:

@@ -13,7 +13,8 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 if not BROWSER: pytest.skip("no Chromium on the PATH", allow_module_level=True)
 if not (SITE / "index.html").exists(): pytest.skip("the book is not built: run make book", allow_module_level=True)
 
-PAGES = sorted(p.relative_to(SITE).as_posix() for folder in ("book", "nbs") for p in (SITE / folder).glob("*.html")) + ["search.html?q=induction"]
+PAGES = sorted(p.relative_to(SITE).as_posix() for folder in ("book", "nbs") for p in (SITE / folder).glob("*.html")) + ["search.html?q=induction", "genindex.html"]
+PAGES += [f"reference/{name}.html" for name in ("index", "models", "interventions", "experiments/addition_circuits")]       # the others are made the same way
 SIZES = {"desktop": (1400, 900, False), "phone": (390, 844, True)}
 
 

@@ -6,7 +6,8 @@ folds it, `echo: false`, `output: false` and `code-fold: true` do what they say,
     #| fig-cap: One sentence that states the finding, with {res}`roles` and $math$.
     #| label: fig-stripe
 
-turn a cell's picture into a numbered figure for {numref}`fig-stripe`, its code folded. A second `fig-cap` line continues the first.
+turn a cell's picture into a numbered figure for {numref}`fig-stripe`, its code folded. A second `fig-cap` line continues the first. An exported cell
+gets an anchor, `defined-` and its id, at which the reference points.
 
 Writing: plotly's script is copied from the installed package to the pages that use it, MathJax comes from sphinx-mathjax-offline, and what the themes would fetch from elsewhere is left out.
 """
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
+from nbformat.v4 import new_markdown_cell
 
 _DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+)\s*:?\s*(.*?)\s*$")
 _EXPORTS = {"export", "exporti", "exports", "exporec", "export_and_show"}
@@ -50,9 +52,13 @@ def read(text: str) -> nbformat.NotebookNode:
     "An .ipynb with its nbdev directives turned into MyST-NB metadata."
     notebook = nbformat.reads(text, as_version=4)
     notebook.metadata.setdefault("language_info", {"name": "python", "pygments_lexer": "ipython3"})
-    for cell in notebook.cells:
+    cells, notebook.cells = notebook.cells, []
+    for cell in cells:
+        directives, source = split_directives(cell.source) if cell.cell_type == "code" else ({}, cell.source)
+        if directives.keys() & _EXPORTS: notebook.cells.append(new_markdown_cell(f"(defined-{cell.id})="))       # where the reference points
+        notebook.cells.append(cell)
         if cell.cell_type != "code": continue
-        directives, cell.source = split_directives(cell.source)
+        cell.source = source
         cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), *_tags(directives, cell.source)})
         settings = cell.metadata.setdefault("mystnb", {})
         what = "exported code" if directives.keys() & _EXPORTS else "code"
@@ -157,6 +163,7 @@ def _vendor(app, error) -> None:
 
 def setup(app):
     app.setup_extension("results")
+    app.setup_extension("reference")
     _repair_outputs()
     _without_thebe(app)
     app.connect("builder-inited", _plain_kernel)
