@@ -5,20 +5,21 @@
 # %% ../nbs/13_subjects.ipynb #ce5c5e59
 from __future__ import annotations
 
-import re
+import contextlib, re
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from .attention_analysis import untrained_copy
-from .core import Result, check_choice, home, results_dir
+from .core import InputError, Result, check_choice, home, results_dir
 from .data import char_tokenizer, encode, fetch, has_corpus, load_text
 from .models import as_bridge, list_models, load_model
 from .statistics import mean_result, rate_result, seeds_result
 from .training import Recipe, alphabet, kept_steps, load_recipe, snapshots, steps_done
 
 if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
     import numpy as np, pandas as pd, torch
     from jaxtyping import Float, Int
     from torch import Tensor
@@ -160,19 +161,68 @@ def brief(result: Result) -> str:
     "Value, interval and n in brackets."
     return f"{result.value:.3g} [{result.ci_low:.3g}, {result.ci_high:.3g}; n = {result.n}]"
 
+# %% ../nbs/13_subjects.ipynb #bae2f535
+def _stoppable(asks: Callable[[Any], Any], item: Any) -> Any:
+    "What `asks` says of an item; when the process is told to end, it does so once what was open is put away."
+    import os
+    try: return asks(item)
+    except SystemExit: os._exit(1)
+
+def _as_worker() -> None:
+    "What a worker does first: it takes one thread, leaves Ctrl-C to the process that started it, and ends when it is told to, or when that process is gone."
+    import os, signal, threading, torch
+    from multiprocessing import parent_process
+    def end(number, frame): raise SystemExit(1)
+    def end_with_parent():
+        "Wait for the parent's end."
+        parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    "Ctrl-C waits until the block is left; a process that is started inside never hears of it."
+    import signal
+    from multiprocessing import resource_tracker
+    if not hasattr(signal, "pthread_sigmask"): yield; return
+    resource_tracker.ensure_running()                                                          # when it starts, it lets signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+@contextlib.contextmanager
+def _processes(n: int) -> Iterator[ProcessPoolExecutor]:
+    "`n` workers; when the block is left before they are done, they are told to end, and waited for."
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import active_children, get_context
+    others, pool = active_children(), ProcessPoolExecutor(n, get_context("spawn"), _as_worker)
+    try: yield pool
+    except BaseException:
+        ours = [process for process in active_children() if process not in others]
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in ours: process.terminate()
+        for process in ours: process.join(10)
+        for process in ours: process.kill()
+        raise
+    pool.shutdown()
+
 # %% ../nbs/13_subjects.ipynb #d1df3246
 Asks = Callable[[Subject], tuple[dict[str, "pd.DataFrame"], dict[str, float]]]                 # of one model: tables, and numbers by name
 
 def in_parallel(asks: Callable[[Any], Any], items: Sequence[Any], unit: str = "model") -> list[Any]:
     "What `asks` says of each, in order: as many at a time as there are processors for this process, each with one thread and about half a gigabyte; one after another where there is one, or where `asks` is not in a module."
-    import os, torch
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    import os
+    from concurrent.futures import BrokenExecutor
     from tqdm import tqdm
     bar = partial(tqdm, total=len(items), desc=asks.__name__, unit=unit)
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(items))
     if workers < 2 or asks.__module__ == "__main__": return list(bar(map(asks, items)))
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool: return list(bar(pool.map(asks, items)))
+    with _processes(workers) as pool:
+        with _without_interrupts(): found = pool.map(partial(_stoppable, asks), items)         # they start here, and inherit what is blocked
+        try: return list(bar(found))
+        except BrokenExecutor as error: raise InputError("processes", workers, "one of them was ended from outside, most likely for want of memory; let there be more, or fewer processors for this process") from error
 
 def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[str, str, tuple[float, float] | None]], group: Callable[[int], str] = lambda seed: "") -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The tables of all models, one of the numbers of each (named after `asks`), and one number for each family, `group` (of a seed, a prefix) and name, over the seeds that have it; `what[name]` says what it is, its unit and bounds. Of what is true of a seed or not (\"share of seeds\"), the share."
