@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, pick_device, read_json, results_dir, run_stage, write_text
+from .core import InputError, PICTURES, Result, Stage, alone, check_choice, check_folder, check_range, check_target, compare_results, file_hashes, home, load_results, load_stages, pick_device, results_dir, run_stage, write_text
 from .executor import executor
 from .models import stream_tokens, token_ids, window_start
-from .report import EXPERIMENTS, experiment as _experiment, findings_page, stored_stages, verified_page, verify_all
+from .report import EXPERIMENTS, experiment as _experiment, findings_page, verified_page, verify_all
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,9 +75,10 @@ def cmd_train(args: argparse.Namespace) -> int:
 def cmd_data(args: argparse.Namespace) -> int:
     "Write a data set to a file."
     import pandas as pd
-    from mechinterp_lib.data import SPLITS, WORDINGS, addition_problems, spell, split_problems, write_problems
+    from mechinterp_lib.data import PROBLEM_FILES, SPLITS, WORDINGS, addition_problems, spell, split_problems, write_problems
     out, wordings = args.out or Path(f"addition.{args.format or 'csv'}"), args.wording or ["question"]
     if args.format and out.suffix.lower() != f".{args.format}": raise InputError("format", args.format, f"allowed: what --out says, {out.suffix or 'which has no suffix'}, or another --out")
+    check_target("out", out, PROBLEM_FILES)
     for wording in wordings: check_choice("wording", wording, WORDINGS[args.operation])
     sizes = {name: getattr(args, name) for name in SPLITS}
     problems = split_problems(addition_problems(operation=args.operation, digits=args.digits), sizes, args.seed)
@@ -91,7 +92,7 @@ def cmd_patch(args: argparse.Namespace) -> int:
     from mechinterp_lib.activation_patching import SAVED_AS, find_important_components, logit_diff, patch_scan
     from mechinterp_lib.models import load_model
     if (args.answer is None) != (args.wrong is None): raise InputError("answer, wrong", (args.answer, args.wrong), "allowed: both or neither")
-    if args.save: check_suffix("save", args.save, SAVED_AS)
+    if args.save: check_target("save", args.save, SAVED_AS)
     model = load_model(args.model, device=args.device)
     metric = None if args.answer is None else logit_diff(model, args.answer, args.wrong)
     scan = patch_scan(model, args.clean, args.corrupted, component=args.component, positions=args.positions, metric=metric, direction=args.direction)
@@ -129,7 +130,7 @@ def cmd_lens(args: argparse.Namespace) -> int:
     args.model, args.text = args.model
     from mechinterp_lib.logit_lens import analyze, load_tuned_lens, measure_convergence, plot_evolution
     from mechinterp_lib.models import load_model
-    if args.save: check_suffix("save", args.save)
+    if args.save: check_target("save", args.save)
     model = load_model(args.model, device=args.device)
     lens = analyze(model, args.text, mode=args.mode, top_k=5 if args.top is None else args.top, tuned=load_tuned_lens(args.model, model) if args.mode == "tuned" else None)
     at = check_range("position", -1 if args.position is None else args.position, -len(lens.tokens[0]), len(lens.tokens[0])) % len(lens.tokens[0])
@@ -147,7 +148,7 @@ def cmd_attention(args: argparse.Namespace) -> int:
     "Write a page that shows where each token of a text looks in every head, and print what the heads look like."
     from mechinterp_lib.attention_analysis import compute_attention_stats, extract_attention, plot_attention
     from mechinterp_lib.models import load_model
-    check_suffix("out", args.out)
+    check_target("out", args.out)
     attention = extract_attention(load_model(args.model, device=args.device), args.text)
     plot_attention(attention, args.out, args.layer, args.head)
     print(compute_attention_stats(attention).drop(columns=["layer", "head"]).round(2).to_string(index=False))
@@ -225,7 +226,7 @@ def _look(chat: Chat, command: str, argument: str) -> None:
     if command == "/help": return print(_HELP)
     if command == "/attention":
         file, tokens = Path(argument or "attention.html"), torch.tensor([read_for(chat, chat.written or 1)], device=chat.model.cfg.device)
-        check_suffix("file", file)
+        check_target("file", file)
         plot_attention(extract_attention(chat.model, tokens), file, 0, 0)
         return print(f"written to {file}")
     if not (argument or "1").isdecimal(): raise InputError("/lens", argument, "allowed: the number of a token of the reply")
@@ -267,9 +268,15 @@ def cmd_chat(args: argparse.Namespace) -> int:
 def cmd_run(args: argparse.Namespace) -> int:
     "Make the stages of an experiment and write them to `results/`; or, with --model, ask a model of your own the same (addition_circuits)."
     experiment = _experiment(args.experiment)
-    if args.model: return _run_on(experiment, args)
+    if args.model is not None: return _run_on(experiment, args)
     if args.out: raise InputError("out", str(args.out), "only together with --model; an experiment's own results are written to results/")
     for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
+    with contextlib.ExitStack() as held:
+        for stage in dict.fromkeys(args.stage or experiment.STAGES): held.enter_context(alone("experiment", f"{args.experiment}, stage {stage}", "stage", results_dir(args.experiment).resolve(), stage))
+        return _make(args, experiment)
+
+def _make(args: argparse.Namespace, experiment) -> int:
+    "Make the stages that are asked for, one after another, and write each."
     for stage in args.stage or experiment.STAGES:                                               # a stage may read what one before it writes
         reason = experiment.STAGES[stage].missing()
         if reason and args.stage and not experiment.STAGES[stage].trains: raise InputError("stage", stage, reason)
@@ -283,8 +290,8 @@ def _run_on(experiment, args: argparse.Namespace) -> int:
     from mechinterp_lib.models import load_model
     if not hasattr(experiment, "analyse"): raise InputError("model", args.model, f"{args.experiment} looks at shipped models alone; allowed with: addition_circuits")
     if args.stage: raise InputError("stage", args.stage, "not together with --model")
-    out = args.out or Path(f"{args.experiment}-{Path(args.model).name}")
-    tables = experiment.analyse(load_model(args.model, device=args.device), out)
+    out = check_folder("out", args.out or Path(f"{args.experiment}-{Path(args.model).name}"))
+    with alone("out", str(out), "results", out.resolve()): tables = experiment.analyse(load_model(args.model, device=args.device), out)
     accuracy = tables["accuracy"]
     print(accuracy[accuracy.by == "wording"].drop(columns="by").rename(columns={"group": "wording"}).round(3).to_string(index=False))
     print(f"written to {out}: {', '.join(tables)}, and the activations")
@@ -307,7 +314,7 @@ def _verify_stage(name: str, stage: str, work: Stage, record: Mapping, stored: M
 # %% ../nbs/30_cli.ipynb #1feba716
 def _verify(name: str) -> tuple[int, int, int, list[str]]:
     "Verify the stages of an experiment: numbers recomputed, numbers stored, differences, and why others were not recomputed."
-    stored, stages, work = load_results(name), stored_stages(name), _experiment(name).STAGES
+    stored, stages, work = load_results(name), load_stages(name), _experiment(name).STAGES
     done, wrong, reasons = 0, 0, []
     for stage in [*work, *(stages.keys() - work.keys())]:
         if stage not in stages: reasons.append(f"{name}/{stage}: nothing stored")
@@ -338,7 +345,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
     "Make the numbers of an experiment again and compare them with the stored ones. With --all: of every experiment, stage by stage, the quickest first, as many as an hour allows; what is confirmed is not made again."
     if args.all and args.experiment: raise InputError("experiment", args.experiment, "not together with --all")
     if args.all: return _verify_all(args.minutes)
-    names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
+    names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment is not None else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
     done, stored, wrong, reasons = zip(*map(_verify, names))
     if not sum(done):
         raise InputError("experiment", args.experiment or "all", f"none of {sum(stored)} numbers could be recomputed: {'; '.join(sum(reasons, [])) or 'no results are stored'}")
@@ -448,16 +455,39 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../nbs/30_cli.ipynb #c47df2dd
+@contextlib.contextmanager
+def _endable() -> Iterator[None]:
+    "Inside the block SIGTERM ends what is going on as Ctrl-C does, so that what is open is put away."
+    def end(number, frame): raise SystemExit(128 + number)
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    before = signal.signal(signal.SIGTERM, end) or signal.SIG_DFL
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
+def _one_line(reason: str) -> str:
+    "A reason on one line; what cannot be seen is written as its escape, lest a file's name tell the terminal what to do."
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in " ".join(reason.split()))
+
 def main(arguments: Sequence[str] | None = None) -> int:
     "The `mechinterp` command; returns its exit code."
     try:
-        args = parser().parse_args(arguments)
-        with executor(args.executor, args.address): return args.function(args)
-    except InputError as error: reason = str(error)
+        with _endable():
+            args = parser().parse_args(arguments)
+            with executor(args.executor, args.address): code = args.function(args)
+            sys.stdout.flush()                                              # a full disk or a reader that is gone is met here, not when Python ends
+            return code
+    except InputError as error: code, reason = 2, str(error)
     except BrokenPipeError:                                                 # the reader, such as head, has seen enough
         sys.stdout = open(os.devnull, "w")
         return 0
-    except OSError as error: reason = f"{error.filename or type(error).__name__}: {error.strerror or error}"
-    except KeyboardInterrupt: reason = "stopped"
-    print("mechinterp:", " ".join(reason.split()), file=sys.stderr)
-    return 2
+    except OSError as error:
+        code, reason = 2, f"{error.filename or type(error).__name__}: {error.strerror or error}"
+        try: sys.stdout.flush()
+        except OSError: sys.stdout = open(os.devnull, "w")
+    except MemoryError: code, reason = 2, "there is not enough memory"
+    except KeyboardInterrupt: code, reason = 130, "stopped"
+    except SystemExit as error:
+        if error.code != 128 + signal.SIGTERM: raise
+        code, reason = error.code, "ended"
+    print("mechinterp:", _one_line(reason), file=sys.stderr)
+    return code

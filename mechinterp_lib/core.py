@@ -5,17 +5,18 @@
 # %% ../nbs/00_core.ipynb #05a9efa7
 from __future__ import annotations
 
-import ast, contextlib, functools, hashlib, json, math, numbers, os, platform, random, subprocess, time
+import ast, contextlib, errno, functools, hashlib, json, math, numbers, os, platform, random, re, subprocess, time
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 # %% auto #0
 __all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_number', 'check_suffix', 'home', 'cache_dir',
-           'atomic_path', 'write_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator', 'seeded',
-           'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance', 'code_hashes', 'results_dir',
-           'load_results', 'load_table', 'save_results', 'compare_results', 'Stage', 'run_stage']
+           'as_path', 'check_file', 'check_folder', 'check_target', 'atomic_path', 'write_text', 'write_files',
+           'json_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator', 'seeded', 'alone', 'pick_device',
+           'pick_dtype', 'Result', 'file_hashes', 'provenance', 'code_hashes', 'results_dir', 'load_results',
+           'load_table', 'load_stages', 'save_results', 'compare_results', 'Stage', 'run_stage']
 
 # %% ../nbs/00_core.ipynb #9ed30da1
 class InputError(ValueError):
@@ -24,7 +25,9 @@ class InputError(ValueError):
         self.argument, self.was, self.allowed = argument, was, allowed
         super().__init__(argument, was, allowed)
 
-    def __str__(self) -> str: return f"{self.argument}: got {self.was!r}; {self.allowed}"
+    def __str__(self) -> str:
+        was = repr(self.was)
+        return f"{self.argument}: got {was if len(was) <= 400 else was[:300] + ' ... ' + was[-60:]}; {self.allowed}"
 
 # %% ../nbs/00_core.ipynb #e9fd2c99
 def check_choice(argument: str, value: Any, choices: Iterable) -> Any:
@@ -77,11 +80,43 @@ def cache_dir(*parts: str) -> Path:
         raise InputError("cache", str(folder), f"cannot be made ({error.strerror}); MECHINTERP_CACHE may name a folder that can") from error
     return folder
 
+# %% ../nbs/00_core.ipynb #3e75732b
+def as_path(argument: str, path: str | Path) -> Path:
+    "`path` with a leading ~ resolved; an `InputError` for what can be no path: a NUL, a name that is too long, the home of nobody."
+    try:
+        found = Path(path).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError): found.stat()
+    except (OSError, RuntimeError, ValueError) as error: raise InputError(argument, str(path), f"no file can be found there: {getattr(error, 'strerror', None) or error}") from None
+    return found
+
+def check_file(argument: str, path: str | Path) -> Path:
+    "`path` as `as_path` gives it, if an ordinary file is there; an `InputError` otherwise."
+    found = as_path(argument, path)
+    if not found.exists(): raise InputError(argument, str(path), "there is no such file")
+    if not found.is_file(): raise InputError(argument, str(path), "it is no ordinary file")
+    return found
+
+def check_folder(argument: str, path: str | Path) -> Path:
+    "`path` as `as_path` gives it, if it is a folder that can be written to, or one can be made there; an `InputError` otherwise."
+    folder = as_path(argument, path)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)): raise InputError(argument, str(path), f"could not be written: {there} is no folder that can be written to")
+    return folder
+
+def check_target(argument: str, path: str | Path, suffixes: Sequence[str] = PICTURES) -> Path:
+    "`path` as `as_path` gives it, if a file with one of the `suffixes` can be written there; an `InputError` otherwise."
+    check_suffix(argument, path, suffixes)
+    target = as_path(argument, path)
+    if target.exists() and not target.is_file(): raise InputError(argument, str(path), "could not be written: it is no ordinary file")
+    check_folder(argument, target.absolute().parent)
+    return target
+
 # %% ../nbs/00_core.ipynb #1b3ec09a
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     "Yield a temporary path; when the block ends well it becomes `path`, otherwise it vanishes and `path` is as it was."
-    path = Path(path)
+    path = as_path("path", path)
+    if not path.name or path.is_dir(): raise InputError("path", str(path), "could not be written: it is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,19 +129,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with contextlib.suppress(OSError): temporary.unlink()
 
 def write_text(path: str | Path, text: str) -> Path:
-    "Write `text` to `path`, whole or not at all."
-    with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8")
+    "Write `text` to `path` as UTF-8, whole or not at all; half of a surrogate pair, for which UTF-8 has no bytes, is written as its escape."
+    write_files({path: text})
     return Path(path)
 
+def write_files(files: Mapping[str | Path, str | bytes]) -> None:
+    "Write several files, texts as `write_text` does; none takes its name before all are on the disk, and the first one is the last to take it."
+    with contextlib.ExitStack() as stack:
+        for path, content in files.items():
+            with open(stack.enter_context(atomic_path(path)), "wb") as file: file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content); file.flush(); os.fsync(file.fileno())
+
 # %% ../nbs/00_core.ipynb #0f15e371
+def json_text(value: Any) -> str:
+    "`value` as JSON. NaN and infinity are refused: JSON has no word for them."
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
 def write_json(path: str | Path, value: Any) -> Path:
-    "Write `value` as JSON, whole or not at all. NaN and infinity are refused: JSON has no word for them."
-    return write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    "Write `value` as `json_text`, whole or not at all."
+    return write_text(path, json_text(value))
 
 def read_json(path: str | Path) -> Any:
-    "The value in a JSON file; an `InputError` if it is missing, cannot be read or is not JSON."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise InputError("path", str(path), "there is no such file") from None
+    "The value in a JSON file; an `InputError` if it is missing, cannot be read, is not JSON or holds NaN, for which JSON has no word (Infinity, which some configurations hold, passes)."
+    def constant(word: str) -> float:
+        "What a word stands for that is none of JSON's."
+        if word == "NaN": raise ValueError("it holds NaN")
+        return float(word)
+    path = check_file("path", path)
+    try: return json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
     except OSError as error: raise InputError("path", str(path), f"cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error: raise InputError("path", str(path), f"not a JSON file: {error}") from None
 
@@ -137,6 +186,31 @@ def seeded(*parts: object) -> Iterator[None]:
             random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
             yield
         finally: random.setstate(python); np.random.set_state(array)
+
+# %% ../nbs/00_core.ipynb #5b50f00d
+def _locked(file: IO) -> bool:
+    "Whether this process now has the lock of an open file, or its file system knows no locks."
+    try:
+        if os.name == "nt":
+            import msvcrt
+            file.seek(2**30)                                                   # behind the text, which others read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error: return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True
+
+@contextlib.contextmanager
+def alone(argument: str, was: object, *what: object, wait: bool = False) -> Iterator[None]:
+    "In this block there is one process at a time for the same `what`: another one waits, or it is an `InputError` that names the process which is there."
+    with open(cache_dir("locks") / f"{seed_for(*what):016x}", "ab+", buffering=0) as file:
+        while not _locked(file):
+            file.seek(0)
+            if not wait: raise InputError(argument, was, f"process {file.read(99).decode(errors='replace') or 'of another user'} is at work on it; let it end, or end it")
+            time.sleep(0.05)
+        with contextlib.suppress(OSError): file.truncate(0), file.write(str(os.getpid()).encode())
+        yield
 
 # %% ../nbs/00_core.ipynb #6e82182b
 def pick_device(device: str | None = None) -> str:
@@ -275,9 +349,14 @@ def code_hashes(function: Callable, package: Path | None = None) -> dict[str, st
     return {module: hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16] for module, sources in parts.items()}
 
 # %% ../nbs/00_core.ipynb #d7d065a3
+def _plain(argument: str, name: str) -> str:
+    "`name`, if it is one of letters, digits, and . _ - between them, which leads out of no folder; an `InputError` otherwise."
+    if not re.fullmatch(r"\w[\w.-]{0,99}", str(name)): raise InputError(argument, name, "allowed: up to 100 letters, digits, and . _ - between them")
+    return name
+
 def results_dir(experiment: str) -> Path:
     "`results/EXPERIMENT/` of this checkout; it need not exist."
-    return home() / "results" / experiment
+    return home() / "results" / _plain("experiment", experiment)
 
 def load_results(experiment: str, folder: str | Path | None = None) -> dict[str, Result]:
     "The results of an experiment by name."
@@ -285,37 +364,49 @@ def load_results(experiment: str, folder: str | Path | None = None) -> dict[str,
     if not path.exists(): raise InputError("experiment", experiment, f"no results yet; make them with: mechinterp run {experiment}")
     try: return {name: Result(**value) for name, value in read_json(path).items()}
     except (TypeError, AttributeError, InputError) as error:
-        raise InputError("path", str(path), f"not a summary of results ({error}); make it again with: mechinterp run {experiment}") from error
+        raise InputError("path", str(path), f"not a summary of results ({error}); restore it, or remove the folder and make all again with: mechinterp run {experiment}") from error
 
 def load_table(experiment: str, name: str, folder: str | Path | None = None):
     "A table of an experiment as a pandas frame."
     import pandas as pd
-    path = Path(folder or results_dir(experiment)) / f"{name}.csv"
+    path = Path(folder or results_dir(experiment)) / f"{_plain('table', name)}.csv"
     if not path.exists(): check_choice("table", name, sorted(p.stem for p in path.parent.glob("*.csv")))
-    return pd.read_csv(path)
+    try: return pd.read_csv(path)
+    except (OSError, ValueError) as error: raise InputError("table", str(path), f"cannot be read as CSV: {' '.join(str(error).split())[:160]}") from error
+
+def load_stages(experiment: str, folder: str | Path | None = None) -> dict[str, dict]:
+    "The provenance of an experiment by stage; an `InputError` where the record is damaged or there is none."
+    path = Path(folder or results_dir(experiment)) / "provenance.json"
+    stages = read_json(path)
+    def named(values: Any) -> bool: return all(isinstance(value, str) for value in values)
+    whole = isinstance(stages, dict) and all(isinstance(record, dict) and isinstance(record.get("results"), list) and isinstance(record.get("inputs", {}), dict)
+                                             and named(record["results"]) and named(record.get("inputs", {}).values()) for record in stages.values())
+    if not whole: raise InputError("path", str(path), f"not a provenance record; restore it, or remove the folder and make all again with: mechinterp run {experiment}")
+    return stages
 
 # %% ../nbs/00_core.ipynb #21adc004
 def _as_file(name: str, value: Any) -> tuple[str, str]:
     "File name and text of a table (pandas frame: CSV), a figure (`_repr_svg_`: SVG) or a mapping (JSON)."
+    _plain("tables", name)
     if hasattr(value, "to_csv"): return f"{name}.csv", value.to_csv(index=False, float_format="%.6g")
     if hasattr(value, "_repr_svg_"): return f"{name}.svg", value._repr_svg_()
-    if isinstance(value, Mapping): return f"{name}.json", json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    if isinstance(value, Mapping): return f"{name}.json", json_text(value)
     raise InputError("tables", f"{name}: {type(value).__name__}", "allowed: a pandas frame, a figure with _repr_svg_, a mapping")
 
 def save_results(experiment: str, stage: str, results: Mapping[str, Result], tables: Mapping[str, Any], record: Mapping,
                  folder: str | Path | None = None) -> Path:
-    """Write what `stage` found: tables and figures (pandas frames, SVG figures, mappings), its part of `summary.json` and of `provenance.json`; each
-    file is whole or absent. Raises `InputError` if another stage owns one of the names."""
+    """Write what `stage` found: tables and figures (pandas frames, SVG figures, mappings), its part of `summary.json` and of `provenance.json`; all
+    files or none. One process at a time: another one waits. Raises `InputError` if another stage owns one of the names, or what is there is damaged."""
     folder = Path(folder or results_dir(experiment))
-    stages = read_json(folder / "provenance.json") if (folder / "provenance.json").exists() else {}
-    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
-    for name in stages.pop(stage, {}).get("results", []): summary.pop(name, None)
-    if twice := sorted(results.keys() & summary.keys()): raise InputError("results", twice, "another stage of this experiment has results of these names")
-    summary |= {name: asdict(result) for name, result in results.items()}
-    stages[stage] = {**record, "results": sorted(results), "tables": sorted(tables)}
-    for file, text in [_as_file(name, value) for name, value in tables.items()]: write_text(folder / file, text)
-    write_json(folder / "provenance.json", dict(sorted(stages.items())))
-    write_json(folder / "summary.json", dict(sorted(summary.items())))
+    files = dict(_as_file(name, value) for name, value in tables.items())
+    with alone("results", str(folder), "results", folder.resolve(), wait=True):
+        stages = load_stages(experiment, folder) if (folder / "provenance.json").exists() else {}
+        summary = load_results(experiment, folder) if (folder / "summary.json").exists() else {}
+        for name in stages.pop(stage, {"results": []})["results"]: summary.pop(name, None)
+        if twice := sorted(results.keys() & summary.keys()): raise InputError("results", twice, "another stage of this experiment has results of these names")
+        stages[stage] = {**record, "results": sorted(results), "tables": sorted(tables)}
+        about = {"summary": {name: asdict(result) for name, result in sorted((summary | dict(results)).items())}, "provenance": dict(sorted(stages.items()))}
+        write_files({folder / name: text for name, text in [*map(_as_file, *zip(*about.items())), *files.items()]})
     return folder
 
 # %% ../nbs/00_core.ipynb #6186c9e1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, Sequence
 
-from .core import InputError, cache_dir, check_choice, check_range, check_suffix, seed_for, sha256, write_text
+from .core import InputError, as_path, cache_dir, check_choice, check_file, check_range, check_suffix, seed_for, sha256, write_text
 
 if TYPE_CHECKING:
     import numpy as np, pandas as pd, torch
@@ -65,7 +65,7 @@ def has_corpus(name: str) -> bool:
 
 def corpus_path(name: str) -> Path:
     "The file of a corpus by name, or the file at a path; an `InputError` where there is none."
-    if name not in CORPORA and not Path(name).is_file(): check_choice("corpus", name, CORPORA)
+    if name not in CORPORA and not as_path("corpus", name).is_file(): check_choice("corpus", name, CORPORA)
     return fetch(name) if name in CORPORA else Path(name)
 
 def load_text(name: str) -> str:
@@ -313,10 +313,11 @@ def write_problems(problems: pd.DataFrame, path: str | Path) -> Path:
 def read_problems(path: str | Path) -> pd.DataFrame:
     "The problems in a file that `write_problems` wrote; an `InputError` for any other."
     import pandas as pd
-    lines = check_suffix("path", path, PROBLEM_FILES) == ".jsonl"
+    lines, path = check_suffix("path", path, PROBLEM_FILES) == ".jsonl", check_file("path", path)
     try: table = pd.read_json(path, lines=True, dtype=False) if lines else pd.read_csv(path, dtype={"completion": str})     # " 77\n" would pass for a number
     except (OSError, ValueError) as error: raise InputError("path", str(path), f"cannot be read as {'JSON Lines' if lines else 'CSV'}: {' '.join(str(error).split())[:160]}") from error
-    return _checked_problems(table)
+    try: return _checked_problems(table)
+    except InputError as error: raise InputError("path", str(path), str(error)) from error
 
 # %% ../nbs/03_data.ipynb #6a4e9562
 @dataclass(frozen=True)

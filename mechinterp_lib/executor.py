@@ -9,12 +9,62 @@ import contextlib, os, socket
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Sequence
 
 from .core import InputError, cache_dir, check_choice, file_hashes, home
 
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
 # %% auto #0
 __all__ = ['RETRIES', 'EXECUTORS', 'processors', 'in_parallel', 'in_turn', 'versions', 'executor']
+
+# %% ../nbs/12_executor.ipynb #d6fd58dd
+def _stoppable(asks: Callable[[Any], Any], item: Any) -> Any:
+    "What `asks` says of an item; when the process is told to end, it does so once what was open is put away."
+    import os
+    try: return asks(item)
+    except SystemExit: os._exit(1)
+
+def _as_worker() -> None:
+    "What a worker does first: it takes one thread, leaves Ctrl-C to the process that started it, and ends when it is told to, or when that process is gone."
+    import os, signal, threading, torch
+    from multiprocessing import parent_process
+    def end(number, frame): raise SystemExit(1)
+    def end_with_parent():
+        "Wait for the parent's end."
+        parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    "Ctrl-C waits until the block is left; a process that is started inside never hears of it."
+    import signal
+    from multiprocessing import resource_tracker
+    if not hasattr(signal, "pthread_sigmask"): yield; return
+    resource_tracker.ensure_running()                                                          # when it starts, it lets signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+@contextlib.contextmanager
+def _processes(n: int) -> Iterator[ProcessPoolExecutor]:
+    "`n` workers; when the block is left before they are done, they are told to end, and waited for."
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import active_children, get_context
+    others, pool = active_children(), ProcessPoolExecutor(n, get_context("spawn"), _as_worker)
+    try: yield pool
+    except BaseException:
+        ours = [process for process in active_children() if process not in others]
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in ours: process.terminate()
+        for process in ours: process.join(10)
+        for process in ours: process.kill()
+        raise
+    pool.shutdown()
 
 # %% ../nbs/12_executor.ipynb #b2723a24
 def processors() -> int:
@@ -32,15 +82,16 @@ def _one_thread() -> Iterator[None]:
 
 def _here(asks: Callable[[Any], Any], items: Sequence[Any], whole: bool = False, gpus: int = 0) -> Iterator[Any]:
     "What `asks` says of each, in order, on this machine: `whole`, one after another with all its processors; else as many at a time as there are processors, each with one thread."
-    import torch
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    from concurrent.futures import BrokenExecutor
     workers = min(processors(), len(items))
     if whole: yield from map(asks, items)
     elif workers < 2 or asks.__module__ == "__main__":
         with _one_thread(): yield from map(asks, items)
     else:
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool: yield from pool.map(asks, items)
+        with _processes(workers) as pool:
+            with _without_interrupts(): found = pool.map(partial(_stoppable, asks), items)     # they start here, and inherit what is blocked
+            try: yield from found
+            except BrokenExecutor as error: raise InputError("processes", workers, "one of them was ended from outside, most likely for want of memory; let there be more, or fewer processors for this process") from error
 
 _SPREAD: ContextVar[Callable[..., Iterator[Any]]] = ContextVar("spread", default=_here)            # how the items of this context are spread
 

@@ -5,13 +5,13 @@
 # %% ../nbs/16_lens_report.ipynb #07d51a5a
 from __future__ import annotations
 
-import csv, json
+import csv, html, json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from .activation_patching import ablation_scan, log_probability, logit_diff
-from .core import InputError, check_choice, write_text
+from .core import InputError, check_choice, check_file, check_folder, write_files
 from .interventions import check_tokens
 from .logit_lens import TunedLens, depth, direct_logit_attribution, logit_cap, logit_lens, sample_layers
 from .models import token_ids
@@ -42,18 +42,17 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def read_questions(path: str | Path) -> list[Question]:
     "The questions of a .csv or .jsonl file with the columns prompt, answer, and, if there are any, wrong and group; `InputError` for another form, a column that is missing or unknown, an empty prompt or answer, and a value that is neither text nor a whole number."
-    path, found = Path(path).expanduser(), []
-    if not path.is_file(): raise InputError("prompts", str(path), "there is no such file")
+    path, found = check_file("prompts", path), []
     check_choice("prompts", path.suffix.lower(), [".csv", ".jsonl"])
     try: rows = list(_rows(path))
-    except (ValueError, csv.Error) as error: raise InputError("prompts", str(path), f"it is no table: {str(error).splitlines()[0]}") from error
+    except (ValueError, RecursionError, csv.Error) as error: raise InputError("prompts", str(path), f"it is no table: {str(error).splitlines()[0]}") from error
     for i, row in rows:
-        if not isinstance(row, dict): raise InputError("prompts", f"row {i}", "allowed: an object with prompt and answer")
-        for column in row: check_choice(f"prompts, row {i}", column, ["prompt", "answer", "wrong", "group"])
+        if not isinstance(row, dict): raise InputError(f"prompts, {path}", f"row {i}", "allowed: an object with prompt and answer")
+        for column in row: check_choice(f"prompts, {path}, row {i}", column, ["prompt", "answer", "wrong", "group"])
         for column, value in row.items():
-            if not isinstance(value, str | int | None) or isinstance(value, bool): raise InputError(f"prompts, row {i}", f"{column} = {value!r}", "allowed: text or a whole number")
+            if not isinstance(value, str | int | None) or isinstance(value, bool): raise InputError(f"prompts, {path}, row {i}", f"{column} = {value!r}", "allowed: text or a whole number")
         values = {column: "" if value is None else str(value) for column, value in row.items()}
-        if not (values.get("prompt") and values.get("answer")): raise InputError("prompts", f"row {i}", "a prompt and an answer are needed (columns prompt, answer)")
+        if not (values.get("prompt") and values.get("answer")): raise InputError(f"prompts, {path}", f"row {i}", "a prompt and an answer are needed (columns prompt, answer)")
         found.append(Question(values["prompt"], values["answer"], values.get("wrong") or None, values.get("group") or f"(row {i})"))
     if not found: raise InputError("prompts", str(path), "it holds no question")
     return found
@@ -172,24 +171,27 @@ def reports(models: Mapping[str, TransformerBridge | Callable[[], TransformerBri
         for kind, table in found.items(): tables[kind].append(table.assign(model=name)[["model", *table.columns]])
     return {name: pd.concat(some, ignore_index=True) for name, some in tables.items()}, unread
 
+def _shown(text: str) -> str:
+    "A text of somebody else's inside Markdown: no tag, no link, no end of a line or of a cell; what cannot be seen is written as its escape."
+    seen = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return html.escape(seen, quote=False).replace("|", "&#124;").replace("](", "]&#40;")
+
 def _markdown(table: pd.DataFrame) -> str:
     "A table as Markdown, numbers to three decimals."
-    cells = [["" if value != value else f"{value:.3f}" if isinstance(value, float) else str(value).replace("|", "\\|").replace("\n", "\\n") for value in row] for row in table.itertuples(index=False)]
+    cells = [["" if value != value else f"{value:.3f}" if isinstance(value, float) else _shown(str(value)) for value in row] for row in table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(map(str, table.columns)), ["---"] * len(table.columns), *cells])
 
 def write_report(models: Mapping[str, TransformerBridge | Callable[[], TransformerBridge]], questions: Sequence[Question], out: str | Path, mode: str = "norm", tuned: Callable[[str, TransformerBridge], TunedLens] | None = None) -> Path:
     "Write a folder with `report.md`, a .csv for each table, and the answer's probability and the divergence from the model's own prediction by depth as .svg; returns the report's path. Everything is computed before anything is written."
-    from mechinterp_lib.plots import line_plot, save_figure
-    out = Path(out).expanduser()
-    if out.exists() and not out.is_dir(): raise InputError("out", str(out), "it is a file; a report is a folder")
+    from mechinterp_lib.plots import line_plot
+    out = check_folder("out", out)
     tables, unread = reports(models, questions, mode, tuned)
     by_depth = over_questions(tables["answers"], ["model", "depth"], ["probability", "logit_diff", "rank", "kl"])
     figures = {name: line_plot(by_depth[by_depth.measure == name].fillna({"low": by_depth.value, "high": by_depth.value}), "depth", "value", low="low", high="high", colour="model" if len(models) > 1 else None, x_label="depth", y_label=label, markers=True) for name, label in (("probability", "probability of the answer"), ("kl", "KL from the model's own prediction, nats"))}
     text = _report_text(tables, by_depth, unread, mode)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items(): save_figure(figure, out / f"{name}.svg")
-    for name, table in (tables | {"by_depth": by_depth}).items(): write_text(out / f"{name}.csv", table.to_csv(index=False, float_format="%.6f"))
-    return write_text(out / "report.md", text)
+    write_files({out / "report.md": text, **{out / f"{name}.svg": figure._repr_svg_() for name, figure in figures.items()},
+                 **{out / f"{name}.csv": table.to_csv(index=False, float_format="%.6f") for name, table in (tables | {"by_depth": by_depth}).items()}})
+    return out / "report.md"
 
 # %% ../nbs/16_lens_report.ipynb #8b593ad6
 def _report_text(tables: Mapping[str, pd.DataFrame], by_depth: pd.DataFrame, unread: Mapping[str, Sequence[str]], mode: str) -> str:
@@ -213,7 +215,7 @@ def _report_text(tables: Mapping[str, pd.DataFrame], by_depth: pd.DataFrame, unr
     heads = over_questions(tables["heads"], ["model", "layer", "head", "depth", "of"], ["effect"])
     heads = heads.assign(size=heads.value.abs()).sort_values("size", ascending=False, kind="stable").groupby(["model", "of"], sort=False).head(8).sort_values(["model", "of"], kind="stable")
     heads = wide(heads, ["model", "layer", "head", "depth", "of"], "measure")
-    skipped = "\n".join(f"- {name} cannot read {reason}" for name, reasons in unread.items() for reason in reasons)
+    skipped = "\n".join(f"- {_shown(name)} cannot read {_shown(reason)}" for name, reasons in unread.items() for reason in reasons)
     return "# Where the answer appears\n\n" + "\n".join(filter(None, [
         f"Read with the {mode} lens. An answer is judged by its first token: of a model that reads characters, its first character. Brackets hold 95% intervals over questions, and how many there are. What parts add is observed; what heads do is asked by taking each away.\n", skipped and f"Left out:\n\n{skipped}\n",
         "![probability](probability.svg)\n\n![divergence](kl.svg)\n", part("By depth", "0% is the embedding, 100% the last layer.", shown), part("Leaning to one answer", "At the last layer, in nats: `bias` towards the group's first answer whatever is asked, and `sway`, by how much the question moves it.", ends, "no two questions of a group have their answers exchanged."),

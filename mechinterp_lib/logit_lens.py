@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence
 
 from .activation_patching import answer_ids, has_component
-from .core import InputError, atomic_path, check_choice, check_range, check_suffix, generator, home
+from .core import InputError, as_path, atomic_path, check_choice, check_range, check_suffix, generator, home
 from .interventions import Replay, capture, check_model, check_read, check_tokens, heads_alone, hook_name, norm_gain, tolerance
 from .models import LENS_FILE, head_label, shipped_name, token_ids, token_names
 
@@ -358,9 +358,10 @@ class TunedLens:
 
     def save(self, path: str | Path) -> Path:
         "Write it as safetensors, whole or not at all; into a folder, such as the model's, as `tuned_lens.safetensors`."
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         if Path(path).is_dir(): path = Path(path) / LENS_FILE
-        with atomic_path(path) as temporary: save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, temporary, {"key": self.key, "layers": " ".join(map(str, self.layers))})
+        content = save({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, {"key": self.key, "layers": " ".join(map(str, self.layers))})
+        with atomic_path(path) as temporary: temporary.write_bytes(content)
         return Path(path)
 
 # %% ../nbs/09_logit_lens.ipynb #c17846cb
@@ -381,13 +382,18 @@ def load_tuned_lens(path: str | Path, model: TransformerBridge) -> TunedLens:
     from safetensors import safe_open
     if not isinstance(path, (str, Path)): raise InputError("path", type(path).__name__, "allowed: a file, a folder or a shipped model's name; the model comes second")
     if shipped := shipped_name(path): path = home() / "models" / shipped
-    if Path(path).is_dir(): path = Path(path) / LENS_FILE
+    if as_path("path", path).is_dir(): path = Path(path) / LENS_FILE
     if not Path(path).is_file(): raise InputError("path", str(path), "there is no such file; fit_tuned_lens makes a lens, and its save writes it there")
     try:
         with safe_open(path, framework="pt") as file: parts, about = {name: file.get_tensor(name).to(model.cfg.device) for name in file.keys()}, file.metadata() or {}
         lens = TunedLens([layer if layer == "embed" else int(layer) for layer in about["layers"].split()], parts["weight"], parts["bias"], about["key"])
-    except Exception as error: raise InputError("path", str(path), f"not a lens as TunedLens.save writes it: {str(error).splitlines()[0]}") from error
-    lens.check(model)
+        d_model = lens.weight.shape[-1]
+        fits = lens.weight.shape == (len(lens.layers), d_model, d_model) and lens.bias.shape == (len(lens.layers), d_model) and len(set(lens.layers)) == len(lens.layers)
+        if not (fits and all(part.is_floating_point() and part.isfinite().all() for part in (lens.weight, lens.bias))): raise ValueError("a weight and a bias of finite numbers are needed for each of its layers")
+    except Exception as error: raise InputError("path", str(path), f"not a lens as TunedLens.save writes it: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+    try: lens.check(model), check_layers(model, lens.layers)
+    except InputError as error: raise InputError("path", str(path), str(error)) from error
+    if d_model != model.cfg.d_model: raise InputError("path", str(path), f"its width is {d_model}, the model's {model.cfg.d_model}")
     return lens
 
 # %% ../nbs/09_logit_lens.ipynb #4049a45c

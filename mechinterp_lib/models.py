@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
-from .core import InputError, check_choice, check_number, check_range, home, pick_device, pick_dtype, read_json, seeded
+from .core import InputError, as_path, check_choice, check_file, check_number, check_range, home, pick_device, pick_dtype, read_json, seeded
 from .data import encode
 from .deepseek_vl import own_class, register_adapter
 
@@ -51,7 +51,7 @@ def _native_config(fields: Mapping, normalization: str | None = "LN"):
     for key in fields: check_choice("architecture key", key, _NATIVE_FIELDS)
     for key in _NATIVE_FIELDS:
         number = fields.get(key)
-        if not isinstance(number, int) or number < 1: raise InputError(f"architecture[{key!r}]", number, "a positive integer is needed")
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1: raise InputError(f"architecture[{key!r}]", number, "a positive integer is needed")
     return TransformerBridgeConfig(**fields, attn_only=True, normalization_type=normalization, positional_embedding_type="standard", device="cpu",
                                    default_prepend_bos=False, tokenizer_prepends_bos=False, architecture=NATIVE, model_name=NATIVE)
 
@@ -63,11 +63,11 @@ def new_model(architecture: Mapping[str, Any], seed: int) -> nn.Module:
     fields = dict(architecture)
     name = check_choice("architecture['class']", fields.pop("class", None), [*_HF_CLASSES, "attention_only"])
     with seeded("init", seed):
-        if name == "attention_only":
+        try:
+            if name != "attention_only": return getattr(transformers, name)(_hf_config(name, fields))
             module = NativeModel(_native_config(fields))
             initialize_native_model(module, module.cfg)
             return module
-        try: return getattr(transformers, name)(_hf_config(name, fields))
         except InputError: raise
         except Exception as error: raise InputError("architecture", dict(architecture), _first_line(error)) from error
 
@@ -119,7 +119,7 @@ _OWN_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
 # %% ../nbs/04_models.ipynb #b386b90d
 def check_model_folder(path: str | Path) -> Path:
     "`path` as an absolute path, if a model can be written there; an `InputError` where it is a file, holds other things than a checkpoint, or cannot be written."
-    folder = Path(path).expanduser().resolve()
+    folder = as_path("path", path).resolve()
     parent = next(above for above in folder.parents if above.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)): raise InputError("path", str(folder), f"could not be written: {parent} is no folder that can be written to")
     if folder.exists() and not folder.is_dir(): raise InputError("path", str(folder), "could not be written: it is a file, and a model is a folder")
@@ -160,27 +160,31 @@ def save_model(module: nn.Module, tokenizer: PreTrainedTokenizerFast | Tokenizer
 # %% ../nbs/04_models.ipynb #5643c620
 def _safetensors_header(path: Path) -> dict[str, dict]:
     "The header of a safetensors file by tensor name; an `InputError` for a pickle, a truncated file or a damaged header."
-    size = path.stat().st_size
+    size = check_file("weights", path).stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
         if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
             raise InputError("weights", str(path), "a pickled file under a safetensors name; pickles can run code and are never opened: ask for a safetensors file")
         length = int.from_bytes(start, "little") if len(start) == 8 else size
-        if length + 8 > size: raise InputError("weights", str(path), f"truncated or not a safetensors file ({size:,} bytes); fetch it again")
+        if length + 8 > size or length > 100_000_000: raise InputError("weights", str(path), f"truncated or not a safetensors file ({size:,} bytes); fetch it again")
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
+            for entry in header.values(): _check_entry(entry["dtype"], entry["shape"], *entry["data_offsets"])
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise InputError("weights", str(path), "its header is damaged, so it is no safetensors file; fetch it again") from error
     if 8 + length + end != size:
         raise InputError("weights", str(path), f"truncated or damaged: {size:,} bytes where its header says {8 + length + end:,}; fetch it again")
     return header
 
+def _check_entry(dtype: str, shape: list[int], first: int, end: int) -> None:
+    "A `ValueError` for what no tensor of a safetensors header can be."
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in [*shape, first, end]): raise ValueError((dtype, shape, first, end))
+
 def _count(header: Mapping[str, Mapping]) -> int:
-    "How many numbers a safetensors file holds; an `InputError` where its header does not say."
-    try: return sum(math.prod(entry["shape"]) for entry in header.values())
-    except (KeyError, TypeError) as error: raise InputError("weights", "header", "it is damaged; fetch the file again") from error
+    "How many numbers a safetensors file holds."
+    return sum(math.prod(entry["shape"]) for entry in header.values())
 
 
 # %% ../nbs/04_models.ipynb #4e156449
@@ -204,8 +208,31 @@ def _checked_config(folder: Path) -> dict:
     if not weights and pickles:
         raise InputError("path", str(folder / pickles[0]), "only pickled weights here; they can run code and are never opened: save the model as model.safetensors")
     if not weights: raise InputError("path", str(folder), "no model.safetensors in this folder")
-    for file in weights: _safetensors_header(file)
+    if (index := folder / "model.safetensors.index.json").is_file(): _weight_files(index)
+    _check_asked(folder, config, {name: entry["dtype"] for file in weights for name, entry in _safetensors_header(file).items()})
     return config
+
+# %% ../nbs/04_models.ipynb #b8a6af9d
+def _weight_files(index: Path) -> set[str]:
+    "The names of the files that an index of weights lists; an `InputError` for one that is no file of weights beside it."
+    said = read_json(index)
+    names = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) and re.fullmatch(r"model[\w.-]*\.safetensors", name) for name in names.values()):
+        raise InputError("path", str(index), "no index of weights: its weight_map gives each weight the name of a file beside it, model-....safetensors")
+    return set(names.values())
+
+def _check_asked(folder: Path, config: Mapping, kinds: Mapping[str, str]) -> None:
+    "An `InputError` where `config.json` asks for more than there are weights for, or weights, by name and type, are no floating-point numbers."
+    most, waiting = {**dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), len(kinds)), "num_labels": 1_000_000}, [config]
+    while waiting:
+        fields = waiting.pop()
+        waiting += [value for value in fields.values() if isinstance(value, dict)]
+        for key, value in fields.items():
+            if key in most and isinstance(value, int) and (value > most[key] or fields is config and value < 1):
+                raise InputError("path", str(folder / "config.json"), f"its {key} is {value}; there are {len(kinds)} weights")
+    for name, kind in kinds.items():
+        if kind not in ("F64", "F32", "F16", "BF16") and name.endswith("weight") and "quantization_config" not in config:
+            raise InputError("weights", str(folder), f"{name} is stored as {kind}; allowed: floating-point numbers of 16 bits or more")
 
 # %% ../nbs/04_models.ipynb #fb94ae41
 @contextlib.contextmanager
@@ -267,6 +294,10 @@ def _load_hf(folder: Path, class_name: str, dtype, device_map: str | Mapping | N
     for name, stored, wanted in sorted(info["mismatched_keys"]):
         raise InputError("path", weights, f"{name} has shape {tuple(stored)}, but config.json asks for {tuple(wanted)}; they are of different models")
     for name in sorted(info["missing_keys"]): raise InputError("path", weights, f"lacks the weight {name}, which config.json asks for")
+    def of_any_layer(name: str) -> str: return re.sub(r"\.\d+\.", ".N.", name)
+    known = {of_any_layer(name) for name, _ in module.named_parameters()}
+    for name in sorted(info["unexpected_keys"]):
+        if of_any_layer(name) in known: raise InputError("path", weights, f"holds the weight {name}, of a layer that config.json does not ask for")
     places = {str(place) for place in getattr(module, "hf_device_map", {}).values()}
     if places & {"disk", "meta"} or "cpu" in places and len(places) > 1:
         raise InputError("device_map", device_map, f"it puts the model on {', '.join(sorted(places))}; allowed: accelerators alone, or the processor alone, as hooks see no weights that are elsewhere; a 16-bit dtype halves what is needed")
@@ -277,11 +308,23 @@ def _load_native(folder: Path, config: Mapping, dtype) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformer_lens.model_bridge.sources.native import NativeModel
-    module = NativeModel(_native_config({key: value for key, value in config.items() if key not in ("architectures", "dtype")}))
+    fields, largest = {key: value for key, value in config.items() if key not in ("architectures", "dtype")}, max(number for entry in _safetensors_header(folder / "model.safetensors").values() for number in (1, *entry["shape"]))
+    try: asked = _native_config(fields)
+    except InputError as error: raise InputError("path", str(folder / "config.json"), str(error)) from error
+    if too := [key for key, value in fields.items() if value > largest]: raise InputError("path", str(folder / "config.json"), f"its {too[0]} is {fields[too[0]]}; no side of a weight is longer than {largest}")
+    module = NativeModel(asked)
     try: module.load_state_dict(load_file(folder / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:
         raise InputError("path", str(folder / "model.safetensors"), f"does not fit config.json: {' '.join(str(error).split())[:200]}") from error
     return module.to(dtype)
+
+# %% ../nbs/04_models.ipynb #9e1bf7fa
+def _check_finite(module: nn.Module, path: Path) -> None:
+    "An `InputError` for a weight that is NaN or infinite, in the precision in which it was loaded."
+    import torch
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.numel() and not torch.stack(weight.detach().aminmax()).isfinite().all():
+            raise InputError("path", str(path), f"its weight {name} holds NaN or infinity" + (f" as {weight.dtype}" if weight.dtype == torch.float16 else ""))
 
 # %% ../nbs/04_models.ipynb #d5849c8a
 def _give_tokenizer(bridge: TransformerBridge, tokenizer: PreTrainedTokenizerFast | None, source: str) -> None:
@@ -330,16 +373,16 @@ def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | No
     if (said := path.with_name("tokenizer_config.json")).is_file():
         kind = PreTrainedTokenizerFast if path.is_file() else AutoTokenizer                    # the class of a family may add tokens of its own
         try:
-            with _quiet_transformers(): tokenizer = kind.from_pretrained(path.parent, local_files_only=True)
+            with _quiet_transformers(): tokenizer = kind.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
         except Exception as error: raise InputError("path", str(said), f"the tokenizer cannot be opened: {_first_line(error)}") from error
         for name in ids.keys() - read_json(said).keys():                                       # not named there, not even as null: GPT-2's file says nothing of them
-            token = tokenizer.convert_ids_to_tokens(ids[name]) if isinstance(ids[name], int) else None
+            token = tokenizer.convert_ids_to_tokens(ids[name]) if ids[name] in range(len(tokenizer)) else None
             if token is not None: tokenizer.add_special_tokens({name: token})                  # a number beyond the vocabulary, as GPT-2's in a smaller one, names nothing
         return tokenizer
     if not path.is_file(): return None
     try: plain = Tokenizer.from_file(str(path))
     except Exception as error: raise InputError("path", str(path), f"not a tokenizer file: {_first_line(error)}") from error
-    special = {name: plain.id_to_token(i) for name, i in ids.items() if isinstance(i, int)}
+    special = {name: plain.id_to_token(i) for name, i in ids.items() if i in range(plain.get_vocab_size())}
     return PreTrainedTokenizerFast(tokenizer_object=plain, clean_up_tokenization_spaces=False, **{name: token for name, token in special.items() if token})
 
 def _load_folder(folder: Path, name: str, device: str, dtype, device_map: str | Mapping | None = None) -> TransformerBridge:
@@ -349,7 +392,11 @@ def _load_folder(folder: Path, name: str, device: str, dtype, device_map: str | 
     if kind == NATIVE and device_map is not None: raise InputError("device_map", device_map, "allowed for the classes of transformers")
     check_fits(name, sum(_count(_safetensors_header(file)) for file in folder.glob("model*.safetensors")), device, dtype, device_map)
     module = _load_native(folder, config, dtype) if kind == NATIVE else _load_hf(folder, kind, dtype, device_map)
-    return as_bridge(module, _load_tokenizer(folder / "tokenizer.json", config), name, device)
+    _check_finite(module, folder)
+    bridge = as_bridge(module, _load_tokenizer(folder / "tokenizer.json", config), name, device)
+    for key in ("n_layers", "n_heads", "d_model"):
+        if getattr(bridge.cfg, key) < 1: raise InputError("path", str(folder / "config.json"), f"it asks for {getattr(bridge.cfg, key)} of {key}")
+    return bridge
 
 # %% ../nbs/04_models.ipynb #3ffe0835
 def list_models() -> list[str]:
@@ -365,9 +412,10 @@ def describe_model(name: str) -> dict[str, Any]:
     folder = home() / "models" / check_choice("name", name, list_models())
     if not (folder / "model.safetensors").is_file(): raise InputError("path", str(folder), "no model.safetensors in this folder")
     config, header = _checked_config(folder), _safetensors_header(folder / "model.safetensors")
-    config = {**config.get("text_config", {}), **config}                      # of a model with a tower its decoder is described
+    config = {**(text if isinstance(text := config.get("text_config"), dict) else {}), **config}      # of a model with a tower its decoder is described
     record = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
-    if not isinstance(record, dict): raise InputError("path", str(folder / "training.json"), "holds no training record")
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), (int, float, type(None))) for key in ("validation_loss", "best_step", "early_step", "validation_accuracy")):
+        raise InputError("path", str(folder / "training.json"), "holds no training record")
     def first(*keys: str) -> int:
         "The first of these fields that the configuration has."
         number = next((config[key] for key in keys if key in config), None)
@@ -382,10 +430,12 @@ def describe_model(name: str) -> dict[str, Any]:
 # %% ../nbs/04_models.ipynb #14819a84
 def _read_checkpoint(path: Path) -> dict:
     "The dictionary in a PyTorch checkpoint, opened with `weights_only=True`."
-    import pickle, torch
-    if not path.is_file(): raise InputError("path", str(path), "there is no such file")
-    try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    import torch, zipfile
+    path = check_file("path", path)
+    try:
+        if zipfile.is_zipfile(path) and any(part.compress_type for part in zipfile.ZipFile(path).infolist()): raise ValueError("compressed, as PyTorch never does")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                                # what damage leads to is of no certain kind
         unsafe = "weights_only" in str(error) or "Unsupported" in str(error)
         refusal = "it holds more than tensors and plain values, which could run code" if unsafe else "truncated or damaged"
         raise InputError("path", str(path), f"not opened: {refusal}; a nanoGPT ckpt.pt holds model and model_args") from error
@@ -397,10 +447,10 @@ def _nanogpt_config(arguments: Mapping, path: Path):
     "nanoGPT's `model_args` as a GPT-2 configuration."
     needed = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     for key in needed:
-        if not isinstance(arguments.get(key), int) or arguments[key] < 1: raise InputError("path", str(path), f"its model_args lack a positive {key}")
+        if type(arguments.get(key)) is not int or arguments[key] < 1: raise InputError("path", str(path), f"its model_args lack a positive {key}")
     if arguments["n_embd"] % arguments["n_head"]:
         raise InputError("path", str(path), f"its n_embd {arguments['n_embd']} is no multiple of its n_head {arguments['n_head']}")
-    drop = float(arguments.get("dropout") or 0.0)
+    if type(drop := arguments.get("dropout") or 0.0) not in (int, float) or not 0 <= drop <= 1: raise InputError("path", str(path), f"its dropout is {drop!r}; allowed: 0 to 1")
     return _hf_config("GPT2LMHeadModel", {"n_layer": arguments["n_layer"], "n_head": arguments["n_head"], "n_embd": arguments["n_embd"],
                       "n_positions": arguments["block_size"], "vocab_size": arguments["vocab_size"], "activation_function": "gelu",
                       "resid_pdrop": drop, "embd_pdrop": drop, "attn_pdrop": drop})
@@ -412,19 +462,25 @@ def import_nanogpt(path: str | Path) -> GPT2LMHeadModel:
     from transformers import GPT2LMHeadModel
     path = Path(path)
     checkpoint = _read_checkpoint(path)
-    module = GPT2LMHeadModel(_nanogpt_config(checkpoint["model_args"], path)).eval()
-    masks = (".attn.bias", ".attn.masked_bias")                          # older versions store the causal mask
+    config, masks = _nanogpt_config(checkpoint["model_args"], path), (".attn.bias", ".attn.masked_bias")      # older versions store the causal mask
+    if config.n_layer > len(checkpoint["model"]): raise InputError("path", str(path), f"its n_layer is {config.n_layer}; there are {len(checkpoint['model'])} weights")
     given = {str(name).removeprefix("_orig_mod."): weight for name, weight in checkpoint["model"].items() if not str(name).endswith(masks)}
+    try:
+        with torch.device("meta"): wanted_shapes = {name: weight.shape for name, weight in GPT2LMHeadModel(config).state_dict().items()}      # takes no memory yet
+    except Exception as error: raise InputError("path", str(path), f"its model_args make no model: {_first_line(error)}") from error
     weights = {}
-    for name, wanted in module.state_dict().items():
+    for name, wanted in wanted_shapes.items():
         weight = given.pop(name, None)
-        if weight is None and name.endswith(".bias"): weight = torch.zeros_like(wanted)
+        if weight is None and name.endswith(".bias"): weight = torch.zeros(wanted)
         if not isinstance(weight, torch.Tensor): raise InputError("path", str(path), f"lacks the weight {name}")
+        if weight.layout != torch.strided or weight.device.type != "cpu" or not weight.is_floating_point(): raise InputError("path", str(path), f"{name} is stored as {weight.dtype}, {weight.layout}; allowed: plain floating-point numbers")
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) and weight.dim() == 2: weight = weight.t()
-        if weight.shape != wanted.shape: raise InputError("path", str(path), f"{name} has shape {tuple(weight.shape)}, but model_args ask for {tuple(wanted.shape)}")
+        if weight.shape != wanted: raise InputError("path", str(path), f"{name} has shape {tuple(weight.shape)}, but model_args ask for {tuple(wanted)}")
         weights[name] = weight.float()
     if given: raise InputError("path", str(path), f"holds the weight {next(iter(given))}, which nanoGPT does not have")
+    module = GPT2LMHeadModel(config).eval()
     module.load_state_dict(weights)
+    _check_finite(module, path)
     return module
 
 # %% ../nbs/04_models.ipynb #b86166a3
@@ -441,17 +497,16 @@ def _llama2c_shapes(dim: int, hidden: int, layers: int, heads: int, kv_heads: in
 def _read_llama2c(path: Path) -> tuple[tuple[int, ...], dict[str, Tensor]]:
     "The seven integers and the arrays of a version-0 file; an `InputError` where they are implausible or the length is not theirs."
     import torch
-    if not path.is_file(): raise InputError("path", str(path), "there is no such file")
-    content = path.read_bytes()
-    if len(content) < _LLAMA2C.size: raise InputError("path", str(path), f"truncated: {len(content)} bytes, a header alone has {_LLAMA2C.size}")
-    numbers = dim, hidden, layers, heads, kv_heads, vocab, context = _LLAMA2C.unpack_from(content)
+    size = check_file("path", path).stat().st_size
+    if size < _LLAMA2C.size: raise InputError("path", str(path), f"truncated: {size} bytes, a header alone has {_LLAMA2C.size}")
+    with open(path, "rb") as file: numbers = dim, hidden, layers, heads, kv_heads, vocab, context = _LLAMA2C.unpack(file.read(_LLAMA2C.size))
     plausible = all(0 < n < 1 << 20 for n in (dim, hidden, layers, heads, kv_heads, abs(vocab), context)) and dim % (2 * heads) == 0 and heads % kv_heads == 0
     if not plausible: raise InputError("path", str(path), f"not a llama2.c version-0 file: its header reads dim, hidden_dim, ... = {numbers}")
     shapes = _llama2c_shapes(*numbers)
     expected = _LLAMA2C.size + 4 * sum(map(math.prod, shapes.values()))
-    if len(content) != expected:
-        raise InputError("path", str(path), f"truncated or of another version: {len(content):,} bytes, but its header asks for {expected:,}")
-    parts = torch.frombuffer(bytearray(content), dtype=torch.float32, offset=_LLAMA2C.size).split([math.prod(s) for s in shapes.values()])
+    if size != expected:
+        raise InputError("path", str(path), f"truncated or of another version: {size:,} bytes, but its header asks for {expected:,}")
+    parts = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32, offset=_LLAMA2C.size).split([math.prod(s) for s in shapes.values()])
     return numbers, {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
 
 # %% ../nbs/04_models.ipynb #c23fef0e
@@ -475,7 +530,7 @@ def _llama2c_tokenizer(path: Path, size: int) -> PreTrainedTokenizerFast:
     "The tokenizer of a character vocabulary file: one token for each character, `<s>` before a text, a space written as `▁`."
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    if not path.is_file(): raise InputError("vocab", str(path), "there is no such file")
+    if check_file("vocab", path).stat().st_size > 100 * size: raise InputError("vocab", str(path), f"too long for a character on each of {size} lines")
     try: lines = [line for line in path.read_bytes().decode("utf-8").split("\n") if line]
     except UnicodeDecodeError as error: raise InputError("vocab", str(path), f"not a UTF-8 text file: {error}") from error
     names = [line.rpartition("\t")[0] or line for line in lines]
@@ -503,7 +558,7 @@ def import_llama2c(path: str | Path, vocab: str | Path) -> tuple[LlamaForCausalL
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "tie_word_embeddings": size > 0, "bos_token_id": 1, "eos_token_id": 2})
     module = LlamaForCausalLM(config).eval()
     module.load_state_dict(_llama_weights(arrays, heads, kv_heads))
-    if not all(torch.isfinite(weight).all() for weight in module.parameters()): raise InputError("path", str(path), "some of its weights are NaN or infinite")
+    _check_finite(module, Path(path))
     return module, tokenizer
 
 # %% ../nbs/04_models.ipynb #a976cc60
@@ -515,7 +570,7 @@ def _cached(name: str) -> Path | None:
     try: folder = Path(snapshot_download(name, allow_patterns=_WANTED, local_files_only=True))
     except (OSError, ValueError): return None
     index = folder / "model.safetensors.index.json"
-    files = set(read_json(index)["weight_map"].values()) if index.is_file() else ["model.safetensors"]
+    files = _weight_files(index) if index.is_file() else ["model.safetensors"]
     return folder if (folder / "config.json").is_file() and all((folder / file).is_file() for file in files) else None
 
 def _ask_hub(name: str):
@@ -565,7 +620,7 @@ def _hub_folder(name: str, device: str, dtype, device_map: Any = None) -> Path:
 
 def _load_file(path: Path, device: str, dtype) -> TransformerBridge:
     "A nanoGPT `.pt`, with the `tokenizer.json` beside it if there is one, or a llama2.c `.bin`, with the `tok*.vocab` beside it."
-    if not path.is_file(): raise InputError("name", str(path), "there is no such file")
+    check_file("name", path)
     if path.suffix == ".pt": module, tokenizer = import_nanogpt(path), _load_tokenizer(path.with_name("tokenizer.json"), {})
     else:
         vocabs = sorted(path.parent.glob("tok*.vocab"))
@@ -587,7 +642,7 @@ def load_model(name: str | Path, device: str | None = None, dtype: Any = None, d
 
     `name`: a shipped model (the family's name suffices where it has one seed), a checkpoint folder, a nanoGPT `.pt`, a llama2.c `.bin`, or a name on the Hugging Face hub. `InputError` where none is usable or the memory does not suffice."""
     if device is not None and device_map is not None: raise InputError("device_map", device_map, f"allowed without a device, which is {device!r}")
-    device, dtype, text, path = pick_device(device), pick_dtype(dtype), str(name), Path(name).expanduser()
+    device, dtype, text, path = pick_device(device), pick_dtype(dtype), str(name), as_path("name", name)
     if (home() / "models" / text / "cfg.json").is_file() or (path / "cfg.json").is_file(): raise InputError("name", text, "this is an autoencoder: sae.load_sae opens it")
     if shipped := shipped_name(name): return _load_folder(home() / "models" / shipped, shipped, device, dtype, device_map)
     if path.is_dir(): return _load_folder(path, text, device, dtype, device_map)

@@ -9,12 +9,12 @@ import hashlib, importlib, json, math, re, time
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
-from .core import InputError, Result, Stage, _git, check_choice, code_hashes, compare_results, file_hashes, home, load_results, read_json, results_dir, run_stage, sha256, write_json, write_text
+from .core import InputError, Result, Stage, _git, check_choice, code_hashes, compare_results, file_hashes, home, load_results, load_stages, read_json, results_dir, run_stage, sha256, write_json, write_text
 
 # %% auto #0
-__all__ = ['EXPERIMENTS', 'experiment', 'stored_stages', 'changes', 'verified', 'fingerprint', 'confirmed', 'outdated',
-           'largest_move', 'verify_stage', 'waiting', 'verify_all', 'verified_page', 'lookup', 'render', 'explain',
-           'plain', 'verdicts', 'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere', 'findings_page']
+__all__ = ['EXPERIMENTS', 'experiment', 'changes', 'verified', 'fingerprint', 'confirmed', 'outdated', 'largest_move',
+           'verify_stage', 'waiting', 'verify_all', 'verified_page', 'lookup', 'render', 'explain', 'plain', 'verdicts',
+           'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere', 'findings_page']
 
 # %% ../nbs/19_report.ipynb #467927fb
 EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "open_questions": "Open questions", "method_validation": "Method validation"}      # and what their findings are headed
@@ -22,14 +22,6 @@ EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxo
 def experiment(name: str) -> Any:
     "The module of an experiment; an `InputError` for a name that there is not."
     return importlib.import_module(f"mechinterp_lib.experiments.{check_choice('experiment', name, EXPERIMENTS)}")
-
-def stored_stages(name: str) -> dict[str, dict]:
-    "The provenance of an experiment by stage; an `InputError` if it lacks what is read here."
-    path = results_dir(name) / "provenance.json"
-    stages = read_json(path)
-    whole = isinstance(stages, dict) and all(isinstance(record, dict) and isinstance(record.get("results"), list) and isinstance(record.get("inputs", {}), dict) for record in stages.values())
-    if not whole: raise InputError("path", str(path), f"not a provenance record; make it again with: mechinterp run {name}")
-    return stages
 
 # %% ../nbs/19_report.ipynb #0fe5ebba
 def changes(record: Mapping, stage: Stage) -> list[str]:
@@ -48,7 +40,7 @@ def _hash(value: Any) -> str: return hashlib.sha256(json.dumps(value, sort_keys=
 def fingerprint(name: str, stage: str) -> str:
     "A hash of all that a stage's numbers hang on, and of the stored numbers: files, reachable code, results."
     work, summary = experiment(name).STAGES[stage], read_json(results_dir(name) / "summary.json")
-    return _hash([file_hashes(work.inputs()), code_hashes(work.make), {key: summary.get(key) for key in stored_stages(name)[stage]["results"]}])
+    return _hash([file_hashes(work.inputs()), code_hashes(work.make), {key: summary.get(key) for key in load_stages(name)[stage]["results"]}])
 
 def confirmed(name: str, stage: str) -> bool:
     "Whether the stored numbers have been made again with the code and the files that are here, and came out the same."
@@ -57,7 +49,7 @@ def confirmed(name: str, stage: str) -> bool:
 
 def outdated(name: str, stage: str) -> list[str]:
     "Why the stored numbers of a stage are out of date; nothing if they are current, by their own record or because they came out the same later."
-    return [] if confirmed(name, stage) else changes(stored_stages(name)[stage], experiment(name).STAGES[stage])
+    return [] if confirmed(name, stage) else changes(load_stages(name)[stage], experiment(name).STAGES[stage])
 
 # %% ../nbs/19_report.ipynb #8188537e
 def largest_move(stored: Mapping[str, Result], again: Mapping[str, Result]) -> tuple[float, str]:
@@ -67,7 +59,7 @@ def largest_move(stored: Mapping[str, Result], again: Mapping[str, Result]) -> t
 
 def verify_stage(name: str, stage: str, work: Stage) -> dict:
     "Make a stage again and compare; what `verified.json` says of it."
-    record, stored, began = stored_stages(name)[stage], load_results(name), time.monotonic()
+    record, stored, began = load_stages(name)[stage], load_results(name), time.monotonic()
     made_from = fingerprint(name, stage)
     again, names = run_stage(name, stage, work, write=False), record["results"]
     own = {key: stored[key] for key in names if key in stored}
@@ -81,7 +73,7 @@ def waiting(names: Sequence[str]) -> tuple[list[tuple[str, str, Stage]], dict[tu
     todo, left = [], {}
     for name in names:
         for stage, work in experiment(name).STAGES.items():
-            record = stored_stages(name).get(stage)
+            record = load_stages(name).get(stage)
             if record is None: left[name, stage] = "nothing stored"
             elif reason := work.missing(): left[name, stage] = reason
             elif confirmed(name, stage): left[name, stage] = ""
@@ -94,7 +86,7 @@ def verify_all(names: Sequence[str], minutes: float | None = 60.0) -> Iterator[t
     yield from ((*place, reason or verified()[place[0]][place[1]]) for place, reason in left.items())
     ends = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     for name, stage, work in todo:
-        seconds = stored_stages(name)[stage].get("seconds", 0.0)
+        seconds = load_stages(name)[stage].get("seconds", 0.0)
         if time.monotonic() + seconds > ends: yield name, stage, f"it takes about {seconds / 60:.0f} minutes, more than is left of the {minutes:g}"; continue
         found = verify_stage(name, stage, work)
         known = verified()
@@ -108,7 +100,7 @@ def verified_page() -> str:
     rows, undone = [], []
     for name in EXPERIMENTS:
         if not (results_dir(name) / "provenance.json").exists(): continue
-        for stage, record in stored_stages(name).items():
+        for stage, record in load_stages(name).items():
             again = verified().get(name, {}).get(stage)
             if again: rows.append(f"| {EXPERIMENTS[name]} | {stage} | {again['n']:,} | {len(again['differences'])} | {100 * again['moved']:.2g}% | {again['seconds'] / 60:.1f} |")
             else: undone.append(f"| {EXPERIMENTS[name]} | {stage} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} |")

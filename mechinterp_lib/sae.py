@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Se
 import numpy as np
 
 from .attention_analysis import position_losses
-from .core import InputError, Result, atomic_path, check_choice, check_number, check_range, generator, home, pick_device, read_json, seeded, write_json, write_text
+from .core import InputError, Result, alone, as_path, check_choice, check_folder, check_number, check_range, generator, home, json_text, pick_device, read_json, seeded, write_files, write_json, write_text
 from .interventions import capture, check_model, check_names, dataset_rows, norm_gain, replaced
 from .logit_lens import lens_measures, weights_key
+from .models import _safetensors_header
 from .statistics import mean_result, rate_result, ratio_of_sums_ci
 from .training import mixed_precision
 
@@ -113,8 +114,7 @@ def save_sae(sae: SAE, path: str | Path) -> Path:
         getattr(sae, "save_inference_model", sae.save_model)(folder)
         weights, config = load_file(Path(folder) / "sae_weights.safetensors"), read_json(Path(folder) / "cfg.json")
     small = {name: value.half() if _fits(value) else value for name, value in weights.items()}
-    with atomic_path(Path(path) / "sae_weights.safetensors") as temporary: temporary.write_bytes(save(small))
-    write_json(Path(path) / "cfg.json", config | {"device": "cpu"})
+    write_files({Path(path) / "cfg.json": json_text(config | {"device": "cpu"}), Path(path) / "sae_weights.safetensors": save(small)})
     return Path(path)
 
 
@@ -131,15 +131,37 @@ def load_sae(path: str | Path, sae_id: str | None = None, *, model: TransformerB
     if sae_id is None:
         if str(path) in (shipped := shipped_saes()): path = home() / "models" / path
         for name in ("cfg.json", "sae_weights.safetensors"):
-            if not (Path(path) / name).is_file(): raise InputError("path", str(path), f"no {name} in this folder; shipped: {', '.join(shipped) or 'none'}; for a released autoencoder pass its release and sae_id")
-        try: sae = SAE.load_from_disk(path, device=device)
-        except Exception as error: raise InputError("path", str(path), f"cannot be read as an autoencoder: {str(error).splitlines()[0]}") from error
+            if not (as_path("path", path) / name).is_file(): raise InputError("path", str(path), f"no {name} in this folder; shipped: {', '.join(shipped) or 'none'}; for a released autoencoder pass its release and sae_id")
+        _check_size(path := as_path("path", path))
+        try:
+            sae = SAE.load_from_disk(path, device=device)
+            _check_encodes(sae)
+        except Exception as error: raise InputError("path", str(path), f"cannot be read as an autoencoder: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
     else:
         try: sae = SAE.from_pretrained(str(path), sae_id, device=device)
         except ValueError as error: raise InputError("sae_id", f"{path} {sae_id}", str(error).splitlines()[0]) from error
         except OSError as error: raise InputError("path", f"{path} {sae_id}", f"cannot be had from the hub: {str(error).splitlines()[0]}") from error
     if model is not None: check_sae(sae, model)
     return sae.eval()
+
+# %% ../nbs/12_sae.ipynb #8262e382
+def _check_size(folder: Path) -> None:
+    "An `InputError` where the configuration of an autoencoder asks for more than there are weights for: nothing is built before it is known to be there."
+    config, header = read_json(folder / "cfg.json"), _safetensors_header(folder / "sae_weights.safetensors")
+    if not isinstance(config, dict): raise InputError("path", str(folder / "cfg.json"), "no configuration of an autoencoder")
+    longest = max((side for entry in header.values() for side in entry["shape"]), default=0)
+    for key in ("d_in", "d_out", "d_sae"):
+        if key in config and not (type(config[key]) is int and 1 <= config[key] <= longest): raise InputError("path", str(folder / "cfg.json"), f"its {key} is {config[key]!r}; no side of a weight is longer than {longest}")
+
+def _check_encodes(sae: SAE) -> None:
+    "A `ValueError` for weights that are no finite numbers, metadata of the wrong kind, and what does not encode a vector."
+    import torch
+    for name, weight in sae.named_parameters():
+        if not (weight.is_floating_point() and weight.isfinite().all()): raise ValueError(f"{name} is of no finite numbers")
+    said = sae.cfg.metadata
+    if not isinstance(said.hook_name, str | None) or not (said.skip is None or type(said.skip) is int and said.skip >= 0): raise ValueError("its metadata are damaged: hook_name, skip")
+    with torch.no_grad(): acts = sae.encode(torch.ones(1, 1, *[1] * bool(sae.hook_z_reshaping_mode), sae.cfg.d_in, device=sae.device))
+    if acts.shape != (1, 1, sae.cfg.d_sae) or not acts.isfinite().all(): raise ValueError("it does not encode")
 
 # %% ../nbs/12_sae.ipynb #89813fec
 def sae_hook(sae: SAE, model: TransformerBridge) -> str:
@@ -184,9 +206,9 @@ def fit_sae(batches: Callable[[int], Iterator[Float[Tensor, "batch d_in"]]], arc
     2e-4 * sqrt(2**14 / d_sae) for None. `autocast`: bfloat16 products (None: where the processor has units for them). In the folder `out` the autoencoder is written when it is done, in 16 bits, and on the way a state from which the same call goes on after it was killed. `wandb_project`: keep sae-lens's log at Weights & Biases; nothing leaves the machine without it. `progress`: a bar, or (None) one where somebody is looking. Returns it as it opens from there. `InputError` for settings out of range, activations that
     are not finite, and an `out` that holds another autoencoder, or the state of a training with other settings."""
     from tqdm import tqdm
-    out = None if out is None else Path(out)
+    out = None if out is None else check_folder("out", out)
     if out is not None and (out / "cfg.json").exists(): raise InputError("out", str(out), "it holds an autoencoder already: load_sae opens it; a new one needs another folder")
-    with contextlib.nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder:
+    with contextlib.nullcontext(out) if out is not None else tempfile.TemporaryDirectory() as folder, alone("out", str(folder), "training", Path(folder).resolve()):
         state = Path(folder) / "state"
         stream = batches(_samples_done(state))
         settings = _checked_settings(first := next(stream), architecture, d_sae, k, n_samples, lr, l1, seed, pick_device(device), autocast)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
-from .core import InputError, check_choice, check_range, generator, seeded
+from .core import InputError, alone, check_choice, check_range, generator, seeded
 from .models import check_model_folder, save_model
 from .training import Recipe, Run, model_dir, optimizer_for, optimizer_step, learning_rate, load_weights, resume, run_dir, run_to
 
@@ -249,14 +249,15 @@ def train_shapes(seed: int, out: str | Path | None = None, *, recipe: ShapesReci
     folder = check_model_folder(out or model_dir(recipe, seed))
     goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
     module = new_shapes_model(seed, recipe).train()
-    run = ShapesRun(recipe, seed, module, optimizer_for(module, recipe), None, None, run_dir(recipe, seed), "cpu")
-    resume(run)
-    if not run_to(run, goal, progress=progress): return None
-    best = min(run.log, key=lambda entry: entry["validation_loss"])
-    kept = load_weights(run.folder / "best.safetensors", new_shapes_model(seed, recipe)).eval()
-    record = {"recipe": asdict(recipe), "seed": seed, "best_step": best["step"], "validation_loss": best["validation_loss"], "validation_accuracy": best["validation_accuracy"], "parameters": sum(p.numel() for p in kept.parameters()), "seconds": round(run.seconds, 1), "log": run.log}
-    save_model(kept, shapes_tokenizer(), folder, training=record, more={"processor_config.json": PROCESSOR, "tokenizer_config.json": TOKENIZER})
-    return record
+    with alone("seed", f"{recipe.name}, seed {seed}", "training", run_dir(recipe, seed)):
+        run = ShapesRun(recipe, seed, module, optimizer_for(module, recipe), None, None, run_dir(recipe, seed), "cpu")
+        resume(run)
+        if not run_to(run, goal, progress=progress): return None
+        best = min(run.log, key=lambda entry: entry["validation_loss"])
+        kept = load_weights(run.folder / "best.safetensors", new_shapes_model(seed, recipe)).eval()
+        record = {"recipe": asdict(recipe), "seed": seed, "best_step": best["step"], "validation_loss": best["validation_loss"], "validation_accuracy": best["validation_accuracy"], "parameters": sum(p.numel() for p in kept.parameters()), "seconds": round(run.seconds, 1), "log": run.log}
+        save_model(kept, shapes_tokenizer(), folder, training=record, more={"processor_config.json": PROCESSOR, "tokenizer_config.json": TOKENIZER})
+        return record
 
 # %% ../nbs/18_shapes.ipynb #3256a8de
 def right_answers(module: nn.Module, draw: torch.Generator, each: int = 100, shuffled: bool = False) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from .attention_analysis import untrained_copy
-from .core import Result, check_choice, home, results_dir
+from .core import InputError, Result, check_choice, home, results_dir
 from .data import char_tokenizer, encode, fetch, has_corpus, load_text
 from .executor import in_parallel
 from .models import as_bridge, list_models, load_model

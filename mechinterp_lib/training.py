@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Sequence
 
-from .core import (InputError, atomic_path, cache_dir, check_choice, check_range, generator, home, pick_device, read_json, seed_for, seeded, sha256)
+from .core import (InputError, alone, atomic_path, cache_dir, check_choice, check_file, check_number, check_range, generator, home, pick_device, read_json, seed_for, seeded, sha256)
 from .data import (CORPORA, PROBLEM_ALPHABET, SPLITS, WORDINGS, EncodedProblems, addition_problems, char_tokenizer, corpus_path, encode, encode_problems, load_text, mixed_batch, split, split_problems,
                                  training_repeats, windows)
 from .models import check_model_folder, forward_logits, new_model, save_model
@@ -326,6 +326,7 @@ def _read_checkpoint(path: Path) -> dict | None:
     "The state saved at `path`; None where there is none, an `InputError` where it is damaged."
     import torch
     if not path.exists(): return None
+    check_file("checkpoint", path)
     try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError("checkpoint", str(path), f"cannot be read ({type(error).__name__}: truncated or not a checkpoint); delete it to train from the start") from error
@@ -339,15 +340,17 @@ def resume(run: Run) -> None:
     if (state := _read_checkpoint(path)) is None: return
     try:
         run.module.load_state_dict(state["model"]); run.optimizer.load_state_dict(state["optimizer"])
-        run.step, run.seconds, run.log, run.losses = int(state["step"]), float(state["seconds"]), json.loads(state["log"]), list(state["losses"])
+        run.step, run.seconds, run.log, run.losses = check_range("step", state["step"], 0, run.recipe.steps + 1), check_number("seconds", state["seconds"]), json.loads(state["log"]), [check_number("losses", loss) for loss in state["losses"]]
+        for entry in run.log: check_number("validation_loss", entry["validation_loss"]), check_range("log", entry["step"], 0, run.step + 1)
     except Exception as error:
         raise InputError("checkpoint", str(path), f"does not fit the recipe ({' '.join(str(error).split())[:160]}); delete it to train from the start") from error
 
 # %% ../nbs/05_training.ipynb #216ae1b7
 def steps_done(recipe: Recipe, seed: int) -> int:
     "The step of the last checkpoint of a run; 0 where there is none."
-    state = _read_checkpoint(run_dir(recipe, seed) / "checkpoint.pt")
-    return int(state["step"]) if state else 0
+    state = _read_checkpoint(path := run_dir(recipe, seed) / "checkpoint.pt")
+    try: return check_range("step", state["step"], 0, recipe.steps + 1) if state else 0
+    except InputError as error: raise InputError("checkpoint", str(path), f"{error}; delete it to train from the start") from error
 
 # %% ../nbs/05_training.ipynb #71161871
 def _save_weights(path: Path, module: nn.Module) -> None:
@@ -520,5 +523,6 @@ def train(recipe: Recipe, seed: int, out: str | Path | None = None, *, device: s
     folder = check_model_folder(out or model_dir(recipe, seed))
     goal = recipe.steps if until is None else check_range("until", until, 1, recipe.steps + 1)
     if recipe.wordings: check_model_folder(_early_folder(folder))
-    run, tokenizer = _start(recipe, seed, pick_device(device))
-    return _finish(run, tokenizer, folder) if run_to(run, goal, checkpoint_every, progress) else None
+    with alone("seed", f"{recipe.name}, seed {seed}", "training", run_dir(recipe, seed)):
+        run, tokenizer = _start(recipe, seed, pick_device(device))
+        return _finish(run, tokenizer, folder) if run_to(run, goal, checkpoint_every, progress) else None

@@ -3,15 +3,15 @@ import pytest
 
 from project import ROOT
 
-from mechinterp_lib.core import compare_results, load_results, read_json, run_stage
-from mechinterp_lib.report import EXPERIMENTS, experiment, outdated, stored_stages
+from mechinterp_lib.core import compare_results, load_results, load_stages, read_json, run_stage
+from mechinterp_lib.report import EXPERIMENTS, experiment, outdated
 
 STAGES = [(name, stage) for name in EXPERIMENTS for stage in read_json(ROOT / "results" / name / "provenance.json")]
 
 
 @pytest.mark.parametrize("name, stage", STAGES)
 def test_results_are_not_older_than_what_made_them(name, stage):
-    record, work = stored_stages(name)[stage], experiment(name).STAGES[stage]
+    record, work = load_stages(name)[stage], experiment(name).STAGES[stage]
     assert bool(record["inputs"]) == (work.inputs is not list) and record["code"]                # by itself a stage reads nothing: planted dictionaries are drawn
     changed = [what for what in outdated(name, stage) if not what.startswith("code of ")]
     if changed and (reason := work.missing()): pytest.skip(f"{', '.join(changed)}: {reason}")
