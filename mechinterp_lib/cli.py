@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import (PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, read_json, results_dir,
+from .core import (PICTURES, InputError, Result, Stage, check_choice, check_range, check_suffix, compare_results, file_hashes, home, load_results, model_roots, read_json, results_dir,
                                  run_stage, write_text)
-from .models import stream_tokens, token_ids, window_start
+from .models import elsewhere, stream_tokens, token_ids, window_start
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,11 @@ __all__ = ['EXPERIMENTS', 'cmd_models', 'cmd_train', 'cmd_data', 'cmd_patch', 'c
            'cmd_chat', 'cmd_run', 'cmd_verify', 'findings', 'cmd_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #dc621897
+def _alone() -> bool:
+    "Whether this package was installed with a few models of its own, and there is no checkout with all."
+    mine, carried = model_roots()
+    return carried.is_dir() and not mine.is_dir()
+
 def cmd_models(args: argparse.Namespace) -> int:
     "List the shipped models, or the families of models that can be opened."
     from mechinterp_lib.models import describe_model, families_table, list_models
@@ -44,6 +49,7 @@ def cmd_models(args: argparse.Namespace) -> int:
         if about["validation_accuracy"] is not None: loss += f", {about['validation_accuracy']:.2%} exact"
         print(f"{name:34} {about['parameters']:>11,} parameters  {about['n_layers']} layers x {about['n_heads']} heads  d_model {about['d_model']:<4} {loss}")
     if found := sorted({name.rpartition("/")[0] for name in shipped_saes()}): print(f"autoencoders, opened by load_sae, seed by seed: {', '.join(found)}")
+    if _alone(): print(f"this is no checkout: {elsewhere()}")
     return 2 if damaged else 0
 
 def cmd_train(args: argparse.Namespace) -> int:
@@ -262,6 +268,7 @@ def cmd_run(args: argparse.Namespace) -> int:
     experiment = _experiment(args.experiment)
     if args.model: return _run_on(experiment, args)
     if args.out: raise InputError("out", str(args.out), "only together with --model; an experiment's own results are written to results/")
+    if _alone(): raise InputError("experiment", args.experiment, f"experiments compare all models of the book, and this installation is no checkout: {elsewhere()}")
     for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
     for stage in args.stage or experiment.STAGES:                                               # a stage may read what one before it writes
         reason = experiment.STAGES[stage].missing()
