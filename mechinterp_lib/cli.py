@@ -49,7 +49,7 @@ def cmd_models(args: argparse.Namespace) -> int:
         if about["validation_accuracy"] is not None: loss += f", {about['validation_accuracy']:.2%} exact"
         print(f"{name:34} {about['parameters']:>11,} parameters  {about['n_layers']} layers x {about['n_heads']} heads  d_model {about['d_model']:<4} {loss}")
     if found := sorted({name.rpartition("/")[0] for name in shipped_saes()}): print(f"autoencoders, opened by load_sae, seed by seed: {', '.join(found)}")
-    if _alone(): print(f"this is no checkout: {elsewhere()}")
+    if _alone(): print(f"this installation carries {elsewhere()}")
     return 2 if damaged else 0
 
 def cmd_train(args: argparse.Namespace) -> int:
@@ -263,12 +263,16 @@ def _experiment(name: str):
     check_choice("experiment", name, EXPERIMENTS)
     return importlib.import_module(f"mechinterp_lib.experiments.{name}")
 
+def _check_whole(name: str | None) -> None:
+    "An `InputError` where the models and results are not at hand that an experiment is about."
+    if _alone(): raise InputError("experiment", name or "all", f"experiments compare all models of the book and write results/, and this installation carries {elsewhere()}")
+
 def cmd_run(args: argparse.Namespace) -> int:
     "Make the stages of an experiment and write them to `results/`; or, with --model, ask a model of your own the same (addition_circuits)."
     experiment = _experiment(args.experiment)
     if args.model: return _run_on(experiment, args)
     if args.out: raise InputError("out", str(args.out), "only together with --model; an experiment's own results are written to results/")
-    if _alone(): raise InputError("experiment", args.experiment, f"experiments compare all models of the book, and this installation is no checkout: {elsewhere()}")
+    _check_whole(args.experiment)
     for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
     for stage in args.stage or experiment.STAGES:                                               # a stage may read what one before it writes
         reason = experiment.STAGES[stage].missing()
@@ -334,6 +338,7 @@ def _verify(name: str) -> tuple[int, int, int, list[str]]:
 
 def cmd_verify(args: argparse.Namespace) -> int:
     "Make the numbers of an experiment again and compare them with the stored ones."
+    _check_whole(args.experiment)
     names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
     done, stored, wrong, reasons = zip(*map(_verify, names))
     if not sum(done):
@@ -354,6 +359,7 @@ def findings(names: Sequence[str] = EXPERIMENTS) -> str:
 
 def cmd_report(args: argparse.Namespace) -> int:
     "Write `results/FINDINGS.md` from the summaries and print it."
+    _check_whole(None)
     text = findings()
     write_text(home() / "results" / "FINDINGS.md", text)
     print(text)

@@ -365,16 +365,16 @@ SHIPPED = {"addition-gpt2": "seed[0-9](-early)?", "addition-qwen": "seed[0-9](-e
            "shakespeare-small": "seed[0-4]", "shapes": "seed[0-2]", "sae-shakespeare": "layer[24]/seed[0-2]", "sae-shakespeare-untrained": "layer[24]/seed0"}
 
 def elsewhere() -> str:
-    "Which models this installation carries, and where all are."
+    "The models that this installation carries, and where the others are."
     try: place = metadata.metadata("mechinterp-lib")["Home-page"]
     except metadata.PackageNotFoundError: place = "the repository"
-    return f"it carries {', '.join(list_models()) or 'no models'}; a clone of {place} has all of them: let MECHINTERP_HOME name its folder"
+    return f"{', '.join(list_models()) or 'no model'}; all are in a clone of {place}: set MECHINTERP_HOME to its folder"
 
 def check_carried(name: str | Path) -> None:
     "An `InputError` that says where it is, for a model or an autoencoder of the book's that this installation does not carry, unless a file or folder here has that name."
     family, _, rest = str(name).rstrip("/").partition("/")
     known = family in SHIPPED and (not rest or re.fullmatch(SHIPPED[family], rest))
-    if known and not model_folder(name).exists() and not Path(name).expanduser().exists(): raise InputError("name", str(name), f"this installation does not carry it; {elsewhere()}")
+    if known and not model_folder(name).exists() and not Path(name).expanduser().exists(): raise InputError("name", str(name), f"this installation does not carry it, but {elsewhere()}")
 
 # %% ../nbs/04_models.ipynb #3ffe0835
 def describe_model(name: str) -> dict[str, Any]:
