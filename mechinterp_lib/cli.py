@@ -5,15 +5,15 @@
 # %% ../nbs/30_cli.ipynb #464b376d
 from __future__ import annotations
 
-import argparse, contextlib, importlib, os, signal, sys, threading
+import argparse, contextlib, os, signal, sys, threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import InputError, PICTURES, Result, Stage, alone, check_choice, check_folder, check_range, check_target, compare_results, file_hashes, home, load_results, load_stages, pick_device, results_dir, run_stage, write_text
+from .core import InputError, PICTURES, Result, Stage, alone, check_choice, check_folder, check_range, check_target, compare_results, file_hashes, home, load_results, load_stages, model_roots, pick_device, results_dir, run_stage, write_text
 from .executor import executor
-from .models import stream_tokens, token_ids, window_start
+from .models import elsewhere, stream_tokens, token_ids, window_start
 from .report import EXPERIMENTS, experiment as _experiment, findings_page, verified_page, verify_all
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ __all__ = ['cmd_models', 'trained_model', 'cmd_train', 'cmd_data', 'cmd_patch', 
            'cmd_chat', 'cmd_run', 'cmd_verify', 'cmd_report', 'parser', 'main']
 
 # %% ../nbs/30_cli.ipynb #dc621897
+def _alone() -> bool:
+    "Whether this package was installed with a few models of its own, and there is no checkout with all."
+    mine, carried = model_roots()
+    return carried.is_dir() and not mine.is_dir()
+
 def cmd_models(args: argparse.Namespace) -> int:
     "List the shipped models, or the families of models that can be opened."
     from mechinterp_lib.models import describe_model, families_table, list_models
@@ -43,6 +48,7 @@ def cmd_models(args: argparse.Namespace) -> int:
         if about["validation_accuracy"] is not None: loss += f", {about['validation_accuracy']:.2%} exact"
         print(f"{name:34} {about['parameters']:>11,} parameters  {about['n_layers']} layers x {about['n_heads']} heads  d_model {about['d_model']:<4} {loss}")
     if found := sorted({name.rpartition("/")[0] for name in shipped_saes()}): print(f"autoencoders, opened by load_sae, seed by seed: {', '.join(found)}")
+    if _alone(): print(f"this installation carries {elsewhere()}")
     return 2 if damaged else 0
 
 # %% ../nbs/30_cli.ipynb #e7d6e9b7
@@ -265,11 +271,16 @@ def cmd_chat(args: argparse.Namespace) -> int:
         except InputError as error: print(error)
 
 # %% ../nbs/30_cli.ipynb #85439b5d
+def _check_whole(name: str | None) -> None:
+    "An `InputError` where the models and results are not at hand that an experiment is about."
+    if _alone(): raise InputError("experiment", name or "all", f"experiments compare all models of the book and write results/, and this installation carries {elsewhere()}")
+
 def cmd_run(args: argparse.Namespace) -> int:
     "Make the stages of an experiment and write them to `results/`; or, with --model, ask a model of your own the same (addition_circuits)."
     experiment = _experiment(args.experiment)
     if args.model is not None: return _run_on(experiment, args)
     if args.out: raise InputError("out", str(args.out), "only together with --model; an experiment's own results are written to results/")
+    _check_whole(args.experiment)
     for stage in args.stage or (): check_choice("stage", stage, experiment.STAGES)
     with contextlib.ExitStack() as held:
         for stage in dict.fromkeys(args.stage or experiment.STAGES): held.enter_context(alone("experiment", f"{args.experiment}, stage {stage}", "stage", results_dir(args.experiment).resolve(), stage))
@@ -343,6 +354,7 @@ def _verify_all(minutes: float) -> int:
 
 def cmd_verify(args: argparse.Namespace) -> int:
     "Make the numbers of an experiment again and compare them with the stored ones. With --all: of every experiment, stage by stage, the quickest first, as many as an hour allows; what is confirmed is not made again."
+    _check_whole(args.experiment)
     if args.all and args.experiment: raise InputError("experiment", args.experiment, "not together with --all")
     if args.all: return _verify_all(args.minutes)
     names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment is not None else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
@@ -355,6 +367,7 @@ def cmd_verify(args: argparse.Namespace) -> int:
 # %% ../nbs/30_cli.ipynb #34668665
 def cmd_report(args: argparse.Namespace) -> int:
     "Write `results/FINDINGS.md` from the summaries and print it."
+    _check_whole(None)
     text = findings_page()
     write_text(home() / "results" / "FINDINGS.md", text)
     print(text)

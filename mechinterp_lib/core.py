@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import IO, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 # %% auto #0
-__all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_number', 'check_suffix', 'home', 'cache_dir',
-           'as_path', 'check_file', 'check_folder', 'check_target', 'atomic_path', 'write_text', 'write_files',
-           'json_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator', 'seeded', 'alone', 'pick_device',
-           'pick_dtype', 'Result', 'file_hashes', 'provenance', 'code_hashes', 'results_dir', 'load_results',
-           'load_table', 'load_stages', 'save_results', 'compare_results', 'Stage', 'run_stage']
+__all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_number', 'check_suffix', 'home', 'model_roots',
+           'model_folder', 'cache_dir', 'as_path', 'check_file', 'check_folder', 'check_target', 'atomic_path',
+           'write_text', 'write_files', 'json_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator',
+           'seeded', 'alone', 'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance', 'code_hashes',
+           'results_dir', 'load_results', 'load_table', 'load_stages', 'save_results', 'compare_results', 'Stage',
+           'run_stage']
 
 # %% ../nbs/00_core.ipynb #9ed30da1
 class InputError(ValueError):
@@ -67,6 +68,18 @@ def home() -> Path:
     for folder in (checkout, Path.cwd(), *Path.cwd().parents):
         if (folder / "settings.ini").exists() and (folder / "models").is_dir(): return folder
     return Path.cwd()
+
+def _package() -> Path:
+    "The folder of this package; while a notebook runs, that of the checkout."
+    return Path(__file__).resolve().parent if "__file__" in globals() else home() / "mechinterp_lib"
+
+def model_roots() -> list[Path]:
+    "Where models are looked for, in this order: `models/` in `home()`, and what an installed package carries. Neither need exist."
+    return [home() / "models", _package() / "shipped"]
+
+def model_folder(name: str | Path) -> Path:
+    "The folder of a shipped model or autoencoder, in the first of `model_roots()` that has it; in the first of all where none has."
+    return next((root / name for root in model_roots() if (root / name).is_dir()), home() / "models" / name)
 
 def _cache_base() -> Path:
     base = os.environ.get("MECHINTERP_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mechinterp"
@@ -282,7 +295,7 @@ def provenance(config: Mapping, seeds: Sequence[int], inputs: Iterable[str | Pat
                seconds: float = 0.0) -> dict:
     """What produced a result: configuration, seeds, versions, machine, git state, time taken, and the SHA-256 of every exported module and of `inputs`
     (paths, or what `file_hashes` said of them earlier)."""
-    package = Path(__file__).resolve().parent if "__file__" in globals() else home() / "mechinterp_lib"
+    package = _package()
     changed = _git("status", "--porcelain", "--", "mechinterp_lib", "models")
     return {"config": dict(config), "seeds": list(seeds), "device": device, "processor": platform.machine(),
             "python": platform.python_version(), "packages": {name: _version(name) for name in _PACKAGES},

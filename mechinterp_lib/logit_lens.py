@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence
 
 from .activation_patching import answer_ids, has_component
-from .core import InputError, as_path, atomic_path, check_choice, check_range, check_suffix, generator, home
+from .core import InputError, as_path, atomic_path, check_choice, check_range, check_suffix, generator, model_folder
 from .interventions import Replay, capture, check_model, check_read, check_tokens, heads_alone, hook_name, norm_gain, tolerance
 from .models import LENS_FILE, head_label, shipped_name, token_ids, token_names
 
@@ -381,7 +381,7 @@ def load_tuned_lens(path: str | Path, model: TransformerBridge) -> TunedLens:
     "A saved lens of this model: a file, or the `tuned_lens.safetensors` in a checkpoint's folder or beside a shipped model, by its name. `InputError` for a file that is none, or belongs to another model."
     from safetensors import safe_open
     if not isinstance(path, (str, Path)): raise InputError("path", type(path).__name__, "allowed: a file, a folder or a shipped model's name; the model comes second")
-    if shipped := shipped_name(path): path = home() / "models" / shipped
+    if shipped := shipped_name(path): path = model_folder(shipped)
     if as_path("path", path).is_dir(): path = Path(path) / LENS_FILE
     if not Path(path).is_file(): raise InputError("path", str(path), "there is no such file; fit_tuned_lens makes a lens, and its save writes it there")
     try:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib, json, math, os, re, shutil, struct
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
-from .core import InputError, as_path, check_choice, check_file, check_number, check_range, home, pick_device, pick_dtype, read_json, seeded
+from .core import InputError, as_path, check_choice, check_file, check_number, check_range, home, model_folder, model_roots, pick_device, pick_dtype, read_json, seeded
 from .data import encode
 from .deepseek_vl import own_class, register_adapter
 
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # %% auto #0
-__all__ = ['NATIVE', 'LENS_FILE', 'MODEL_FAMILIES', 'new_model', 'forward_logits', 'check_model_folder', 'save_model',
-           'free_memory', 'check_fits', 'as_bridge', 'list_models', 'describe_model', 'import_nanogpt',
-           'import_llama2c', 'shipped_name', 'load_model', 'Family', 'families_table', 'token_ids', 'token_names',
-           'written_by', 'draw_token', 'stream_tokens', 'window_start', 'end_tokens', 'head_label', 'parse_head',
-           'stream_parts', 'blank_model', 'set_head', 'induction_model', 'fixed_offset_model', 'two_branch_model']
+__all__ = ['NATIVE', 'LENS_FILE', 'SHIPPED', 'MODEL_FAMILIES', 'new_model', 'forward_logits', 'check_model_folder', 'save_model',
+           'free_memory', 'check_fits', 'as_bridge', 'list_models', 'elsewhere', 'check_carried', 'describe_model',
+           'import_nanogpt', 'import_llama2c', 'shipped_name', 'load_model', 'Family', 'families_table', 'token_ids',
+           'token_names', 'written_by', 'draw_token', 'stream_tokens', 'window_start', 'end_tokens', 'head_label',
+           'parse_head', 'stream_parts', 'blank_model', 'set_head', 'induction_model', 'fixed_offset_model',
+           'two_branch_model']
 
 # %% ../nbs/04_models.ipynb #c3b4fcba
 _HF_CLASSES = {"GPT2LMHeadModel": "GPT2Config", "LlamaForCausalLM": "LlamaConfig", "Qwen3ForCausalLM": "Qwen3Config"}
@@ -398,18 +400,35 @@ def _load_folder(folder: Path, name: str, device: str, dtype, device_map: str | 
         if getattr(bridge.cfg, key) < 1: raise InputError("path", str(folder / "config.json"), f"it asks for {getattr(bridge.cfg, key)} of {key}")
     return bridge
 
-# %% ../nbs/04_models.ipynb #3ffe0835
+# %% ../nbs/04_models.ipynb #e1bfd5c6
 def list_models() -> list[str]:
-    "The names of the shipped models: every folder below `models/` that holds a `config.json`."
-    root = home() / "models"
-    found = (path.parent.relative_to(root).as_posix() for path in root.rglob("config.json"))
+    "The names of the shipped models: every folder below one of `model_roots()` that holds a `config.json`."
+    found = {path.parent.relative_to(root).as_posix() for root in model_roots() for path in root.rglob("config.json")}
     def by_number(name: str) -> list: return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
     return sorted((name for name in found if not any(part.startswith(".") for part in name.split("/"))), key=by_number)
 
+# %% ../nbs/04_models.ipynb #08d4eeab
+SHIPPED = {"addition-gpt2": "seed[0-9](-early)?", "addition-qwen": "seed[0-9](-early)?", "induction-2l": "seed[0-4]", "shakespeare": "seed0", "shakespeare-induction": "seed[0-4]",
+           "shakespeare-small": "seed[0-4]", "shapes": "seed[0-2]", "sae-shakespeare": "layer[24]/seed[0-2]", "sae-shakespeare-untrained": "layer[24]/seed0"}
+
+def elsewhere() -> str:
+    "The models that this installation carries, and where the others are."
+    try: place = metadata.metadata("mechinterp-lib")["Home-page"]
+    except metadata.PackageNotFoundError: place = "the repository"
+    return f"{', '.join(list_models()) or 'no model'}; all are in a clone of {place}: set MECHINTERP_HOME to its folder"
+
+def check_carried(name: str | Path) -> None:
+    "An `InputError` that says where it is, for a model or an autoencoder of the book's that this installation does not carry, unless a file or folder here has that name."
+    family, _, rest = str(name).rstrip("/").partition("/")
+    known = family in SHIPPED and (not rest or re.fullmatch(SHIPPED[family], rest))
+    if known and not model_folder(name).exists() and not Path(name).expanduser().exists(): raise InputError("name", str(name), f"this installation does not carry it, but {elsewhere()}")
+
+# %% ../nbs/04_models.ipynb #3ffe0835
 def describe_model(name: str) -> dict[str, Any]:
     """One row of a table, from the files alone: parameters, layers, heads, width, context (tokens), validation loss (nats a token), the step at which it was reached, the share of exact validation answers (each None if unknown).
     `InputError` for a folder that is damaged."""
-    folder = home() / "models" / check_choice("name", name, list_models())
+    check_carried(name)
+    folder = model_folder(check_choice("name", name, list_models()))
     if not (folder / "model.safetensors").is_file(): raise InputError("path", str(folder), "no model.safetensors in this folder")
     config, header = _checked_config(folder), _safetensors_header(folder / "model.safetensors")
     config = {**(text if isinstance(text := config.get("text_config"), dict) else {}), **config}      # of a model with a tower its decoder is described
@@ -580,7 +599,7 @@ def _ask_hub(name: str):
     import difflib
     api, shipped = HfApi(), list_models()
     near = difflib.get_close_matches(name, shipped, n=1)
-    known = f"shipped models: {', '.join(shipped) or 'none (MECHINTERP_HOME names the folder that holds models/)'}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    known = f"shipped models: {', '.join(shipped) or 'none'}" + (f" (did you mean {near[0]!r}?)" if near else "")
     try:
         about = api.model_info(name, files_metadata=True, timeout=10)
         if about.gated: api.auth_check(name)
@@ -631,11 +650,12 @@ def _load_file(path: Path, device: str, dtype) -> TransformerBridge:
 
 # %% ../nbs/04_models.ipynb #2a0e9c76
 def shipped_name(name: str | Path) -> str | None:
-    "The shipped model that is meant: one of `list_models`, or a family that has one seed; None where there is none. `InputError` for a family of several seeds."
+    "The shipped model that is meant: one of `list_models`, or a family that has one seed; None where there is none. `InputError` for a family of several seeds, and for what `check_carried` refuses."
     text, shipped = str(name), list_models()
     if text in shipped: return text
     seeds = [other for other in shipped if other.startswith(text.rstrip("/") + "/")]
-    return None if not seeds else seeds[0] if len(seeds) == 1 else check_choice("name", text, seeds)
+    if not seeds: return check_carried(name)
+    return seeds[0] if len(seeds) == 1 else check_choice("name", text, seeds)
 
 def load_model(name: str | Path, device: str | None = None, dtype: Any = None, device_map: str | Mapping | None = None) -> TransformerBridge:
     """A bridge in eval mode with the model's own weights (float32 unless `dtype` says otherwise); parameters keep their gradients on. `device`: cpu, cuda or mps (None: an accelerator if there is one); in its place `device_map`, as transformers takes it ("auto"), spreads a large model over accelerators.
@@ -643,8 +663,8 @@ def load_model(name: str | Path, device: str | None = None, dtype: Any = None, d
     `name`: a shipped model (the family's name suffices where it has one seed), a checkpoint folder, a nanoGPT `.pt`, a llama2.c `.bin`, or a name on the Hugging Face hub. `InputError` where none is usable or the memory does not suffice."""
     if device is not None and device_map is not None: raise InputError("device_map", device_map, f"allowed without a device, which is {device!r}")
     device, dtype, text, path = pick_device(device), pick_dtype(dtype), str(name), as_path("name", name)
-    if (home() / "models" / text / "cfg.json").is_file() or (path / "cfg.json").is_file(): raise InputError("name", text, "this is an autoencoder: sae.load_sae opens it")
-    if shipped := shipped_name(name): return _load_folder(home() / "models" / shipped, shipped, device, dtype, device_map)
+    if (model_folder(text) / "cfg.json").is_file() or (path / "cfg.json").is_file(): raise InputError("name", text, "this is an autoencoder: sae.load_sae opens it")
+    if shipped := shipped_name(name): return _load_folder(model_folder(shipped), shipped, device, dtype, device_map)
     if path.is_dir(): return _load_folder(path, text, device, dtype, device_map)
     if path.suffix in (".pt", ".bin"):
         if device_map is not None: raise InputError("device_map", device_map, "allowed for checkpoint folders and models of the hub")

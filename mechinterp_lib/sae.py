@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Se
 import numpy as np
 
 from .attention_analysis import position_losses
-from .core import InputError, Result, alone, as_path, check_choice, check_folder, check_number, check_range, generator, home, json_text, pick_device, read_json, seeded, write_files, write_json, write_text
+from .core import InputError, Result, alone, as_path, check_choice, check_folder, check_number, check_range, generator, json_text, model_folder, model_roots, pick_device, read_json, seeded, write_files, write_json, write_text
 from .interventions import capture, check_model, check_names, dataset_rows, norm_gain, replaced
 from .logit_lens import lens_measures, weights_key
-from .models import _safetensors_header
+from .models import _safetensors_header, check_carried
 from .statistics import mean_result, rate_result, ratio_of_sums_ci
 from .training import mixed_precision
 
@@ -120,16 +120,16 @@ def save_sae(sae: SAE, path: str | Path) -> Path:
 
 # %% ../nbs/12_sae.ipynb #4d0832c9
 def shipped_saes() -> list[str]:
-    "The names of the shipped autoencoders: every folder below `models/` that holds a `cfg.json`."
-    root = home() / "models"
-    return sorted(found.parent.relative_to(root).as_posix() for found in root.rglob("cfg.json"))
+    "The names of the shipped autoencoders: every folder below one of `model_roots()` that holds a `cfg.json`."
+    return sorted({found.parent.relative_to(root).as_posix() for root in model_roots() for found in root.rglob("cfg.json")})
 
 def load_sae(path: str | Path, sae_id: str | None = None, *, model: TransformerBridge | None = None, device: str | None = None) -> SAE:
     "A shipped autoencoder by its name (`sae-shakespeare/layer2/seed0`), one from a folder, or, with `sae_id`, a released one from the hub: `path` is then the release, as sae-lens names it. With a `model` it is checked by `check_sae`, and goes to the model's device (`device=None`; else the processor). `InputError` for a folder that holds none, a release that cannot be had, and what `check_sae` refuses."
     SAE = _sae_lens().SAE
     device = str(device or (model.cfg.device if model is not None else "cpu"))
     if sae_id is None:
-        if str(path) in (shipped := shipped_saes()): path = home() / "models" / path
+        check_carried(path)
+        if str(path) in (shipped := shipped_saes()): path = model_folder(path)
         for name in ("cfg.json", "sae_weights.safetensors"):
             if not (as_path("path", path) / name).is_file(): raise InputError("path", str(path), f"no {name} in this folder; shipped: {', '.join(shipped) or 'none'}; for a released autoencoder pass its release and sae_id")
         _check_size(path := as_path("path", path))

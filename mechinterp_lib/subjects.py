@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from .attention_analysis import untrained_copy
-from .core import InputError, Result, check_choice, home, results_dir
+from .core import Result, check_choice, model_roots, results_dir
 from .data import char_tokenizer, encode, fetch, has_corpus, load_text
 from .executor import in_parallel
 from .models import as_bridge, list_models, load_model
@@ -208,7 +208,7 @@ def babyllama_missing() -> str | None:
 
 def subject_files(families: Sequence[str], *corpora: str) -> list[Path]:
     "What a stage reads: the shipped models of these families and these corpora."
-    return [home() / "models" / family for family in families if (home() / "models" / family).exists()] + [fetch(name) for name in corpora]
+    return [root / family for family in families for root in model_roots() if (root / family).exists()] + [fetch(name) for name in corpora]
 
 def stored_tables(experiment: str, names: Sequence[str]) -> list[Path]:
     "The stored tables of an experiment that another stage of it reads."

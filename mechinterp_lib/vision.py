@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 from .activation_patching import Metric, Scan
-from .core import InputError, as_path, check_choice, home
+from .core import InputError, as_path, check_choice, model_folder
 from .data import unknown_id
 from .interventions import _bare, capture, check_model, check_names, check_tokens, replaced, tolerance
 from .models import as_bridge, shipped_name
@@ -31,7 +31,7 @@ __all__ = ['Regions', 'load_processor', 'check_inputs', 'look', 'pictures_as_wor
 def load_processor(name: str | Path) -> ProcessorMixin:
     "The processor that lies beside a model's weights, named as for `load_model`: of a shipped model, in a folder, or on the hub. `InputError` where there is none, or where it cannot be opened."
     from transformers import AutoProcessor
-    folder = home() / "models" / shipped if (shipped := shipped_name(name)) else as_path("name", name)
+    folder = model_folder(shipped) if (shipped := shipped_name(name)) else as_path("name", name)
     if folder.is_dir() and not any((folder / file).is_file() for file in ("processor_config.json", "preprocessor_config.json")): raise InputError("name", str(name), "there is no processor_config.json in this folder, so it is no model that reads pictures")
     try: return AutoProcessor.from_pretrained(folder if folder.is_dir() else str(name), trust_remote_code=False)
     except Exception as error: raise InputError("name", str(name), f"its processor cannot be opened: {next(iter(str(error).splitlines()), type(error).__name__)}") from error

@@ -1,8 +1,11 @@
 """The package: instant to import, whole when built, and free of what belongs to one machine."""
-import configparser, re, subprocess, sys, tarfile, zipfile
+import re, subprocess, sys, tarfile, zipfile
 
 import pytest
-from project import ROOT, tracked
+from project import ROOT, build, copy_source, settings, tracked
+
+from mechinterp_lib.models import SHIPPED, list_models
+from mechinterp_lib.sae import shipped_saes
 
 
 def _python(code: str) -> subprocess.CompletedProcess:
@@ -24,54 +27,50 @@ def test_import_is_instant():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    "A copy of what git would keep, so that a build leaves nothing behind and takes nothing that is not tracked."
-    files = tracked()
-    if not files: pytest.skip("not a git checkout")
-    folder = tmp_path_factory.mktemp("source")
-    for path in files:
-        if path.relative_to(ROOT).parts[0] in ("models", "results", "nbs"): continue
-        target = folder / path.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-    return folder
+    if not tracked(): pytest.skip("not a git checkout")
+    return copy_source(tmp_path_factory.mktemp("source"))
 
 
-def _build(source, what: str, folder) -> list[str]:
-    "Build with setuptools as it is installed here, without the network; the names in the archive."
-    code = f"from setuptools import build_meta; print(build_meta.build_{what}({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    archive = folder / done.stdout.split()[-1]
-    return zipfile.ZipFile(archive).namelist() if what == "wheel" else tarfile.open(archive).getnames()
+def _files(wheel) -> dict[str, bytes]:
+    "What a wheel holds, but for its record."
+    with zipfile.ZipFile(wheel) as archive: return {name: archive.read(name) for name in archive.namelist() if not name.endswith("dist-info/RECORD")}
 
 
-def test_wheel_holds_every_module(source, tmp_path):
-    names = _build(source, "wheel", tmp_path)
-    modules = {p.relative_to(source).as_posix() for p in (source / "mechinterp_lib").rglob("*.py")}
-    assert {n for n in names if not re.search(r"\.dist-info/", n)} == modules
-    assert any(n.endswith("licenses/LICENSE") for n in names) and any(n.endswith("entry_points.txt") for n in names)
+def test_wheel_holds_every_module_and_the_models_it_carries(source, tmp_path):
+    wheel = build(source, "wheel", tmp_path)
+    found = _files(wheel)
+    package = {p.relative_to(source).as_posix(): p.read_bytes() for p in (source / "mechinterp_lib").rglob("*") if p.is_file()}
+    models = {f"mechinterp_lib/shipped/{p.relative_to(source / 'models').as_posix()}": p.read_bytes() for p in (source / "models").rglob("*") if p.is_file()}
+    assert {name: data for name, data in found.items() if not re.search(r"\.dist-info/", name)} == package | models
+    assert "mechinterp_lib/py.typed" in package and {name.rsplit("/", 1)[0] for name in models} == {f"mechinterp_lib/shipped/{name}" for name in settings()["carried_models"].split()}
+    assert {name.split("/")[2] for name in models} == {"addition-gpt2", "addition-qwen", "shakespeare-induction", "shakespeare-small"}
+    assert any(n.endswith("licenses/LICENSE") for n in found) and any(n.endswith("entry_points.txt") for n in found)
+    assert wheel.stat().st_size < 12e6
 
 
-def test_sdist_builds_a_wheel(source, tmp_path):
-    _build(source, "sdist", tmp_path)
-    archive = next(tmp_path.glob("*.tar.gz"))
+def test_sdist_builds_the_same_wheel(source, tmp_path):
+    archive = build(source, "sdist", tmp_path)
     with tarfile.open(archive) as tar: tar.extractall(tmp_path, filter="data")
-    assert _build(next(p for p in tmp_path.iterdir() if p.is_dir()), "wheel", tmp_path)
+    again = build(next(p for p in tmp_path.iterdir() if p.is_dir()), "wheel", tmp_path)
+    (tmp_path / "direct").mkdir()
+    assert _files(again) == _files(build(source, "wheel", tmp_path / "direct"))
 
 
 def test_versions_agree():
-    parser = configparser.ConfigParser(delimiters=["="])
-    parser.read(ROOT / "settings.ini")
-    version = parser["DEFAULT"]["version"]
+    version = settings()["version"]
     assert _python("import mechinterp_lib; print(mechinterp_lib.__version__)").stdout.strip() == version
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_an_installed_package_knows_the_names_of_all_models():
+    numbers = [f"seed{i}{end}" for i in range(30) for end in ("", "-early")]
+    named = {f"{family}/{below}" for family, pattern in SHIPPED.items() for below in [*numbers, *(f"layer{i}/{seed}" for i in range(30) for seed in numbers)] if re.fullmatch(pattern, below)}
+    assert named == {*list_models(), *shipped_saes()}
+
+
 def test_constraints_pin_what_is_required():
     pins = dict(re.findall(r"^([\w.-]+)==([\w.!]+)(?= |;|$)", (ROOT / "constraints.txt").read_text(), re.M))
-    parser = configparser.ConfigParser(delimiters=["="])
-    parser.read(ROOT / "settings.ini")
-    wanted = {re.split(r"[<>=!~]", r)[0] for key in ("requirements", "dev_requirements") for r in parser["DEFAULT"][key].split()}
+    wanted = {re.split(r"[<>=!~]", r)[0] for key in ("requirements", *(f"{extra}_requirements" for extra in ("sae", "book", "dev"))) for r in settings()[key].split()}
     assert wanted <= pins.keys() and pins["torch"] == "2.13.0"
     assert not re.search(r"\+cpu|://|^-", (ROOT / "constraints.txt").read_text(), re.M)
 
