@@ -404,6 +404,7 @@ def roles_model(places: Mapping[str, tuple[int, int]] | None = None, n_heads: in
     from mechinterp_lib.data import char_tokenizer
     return as_bridge(module, char_tokenizer(ROLE_LETTERS))
 
+# %% ../nbs/08_attention_analysis.ipynb #c24af348
 def letters_and_brackets(n: int, seed: int) -> Int[Tensor, "row pos"]:
     "`n` texts for such models: 24 random letters each, and among them one pair of brackets."
     import torch

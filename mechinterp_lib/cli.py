@@ -341,6 +341,7 @@ def _verify(name: str) -> tuple[int, int, int, list[str]]:
         print(reasons[-1])
     return done, len(stored), wrong + len(loose), reasons
 
+# %% ../nbs/30_cli.ipynb #04ddea2f
 def _verify_all(minutes: float) -> int:
     "Make again what is not confirmed, the quickest first; go on another time with what is left."
     if not minutes > 0: raise InputError("minutes", minutes, "allowed: above 0")

@@ -39,6 +39,7 @@ def _as_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
+# %% ../nbs/12_executor.ipynb #b05febf7
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
     "Ctrl-C waits until the block is left; a process that is started inside never hears of it."

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
-from .core import InputError, as_path, check_choice, check_file, check_number, check_range, home, model_folder, model_roots, pick_device, pick_dtype, read_json, seeded
+from .core import InputError, as_path, check_choice, check_file, check_number, check_range, model_folder, model_roots, pick_device, pick_dtype, read_json, seeded
 from .data import encode
 from .deepseek_vl import own_class, register_adapter
 

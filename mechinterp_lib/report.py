@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib, importlib, json, math, re, time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
-from .core import InputError, Result, Stage, _git, check_choice, code_hashes, compare_results, file_hashes, home, load_results, load_stages, read_json, results_dir, run_stage, sha256, write_json, write_text
+from .core import InputError, Result, Stage, _git, check_choice, code_hashes, compare_results, file_hashes, home, load_results, load_stages, read_json, results_dir, run_stage, write_json
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'experiment', 'changes', 'verified', 'fingerprint', 'confirmed', 'outdated', 'largest_move',
