@@ -1,5 +1,7 @@
 # make book   run every chapter and build the site; says where it is and what was found
 # make test   exported code, notebooks, the book with warnings as errors, pytest
+# make paper  the findings as a paper, book/_build/paper/paper.pdf, from the chapters' own cells; COLUMNS=1 for one column
+# make book-pdf   the built book as one file, book/_build/book.pdf; needs Chromium
 # make bench  race patch scans and the lens against TransformerLens, edge scores against auto-circuit, training against transformers.Trainer, autoencoders against sae-lens (25 minutes; on a quiet machine they are written to results/benchmarks)
 # make serve  the built site at http://localhost:$(PORT)
 # make clean  remove what was built; `make distclean` removes .venv too
@@ -8,12 +10,13 @@
 # processor-only build:  make book TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: book test bench clean distclean serve constraints
+.PHONY: book test paper book-pdf bench clean distclean serve constraints
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?=
 PORT ?= 8000
+COLUMNS = 2
 BIN := .venv/bin
 SITE := book/_build/html
 ENV := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYDEVD_DISABLE_FILE_VALIDATION=1 PATH="$(CURDIR)/$(BIN):$$PATH"
@@ -40,6 +43,12 @@ test: .venv/.ready
 	@$(BUILD)
 	@echo "3 of 3: pytest"
 	@$(ENV) MECHINTERP_NEEDS_BOOK=1 pytest
+
+paper: .venv/.ready
+	@$(ENV) python book/_ext/paper.py --columns $(COLUMNS)
+
+book-pdf: .venv/.ready
+	@$(ENV) python book/_ext/print_book.py
 
 bench: .venv/.ready
 	@$(ENV) python benchmarks/patching_speed.py
