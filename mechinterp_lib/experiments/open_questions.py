@@ -407,7 +407,7 @@ AGREEMENT = {"together": "share of models of the copying grid in which the best 
              "copying_rank": "rank correlation of the share copied and the best induction score", "addition_rank": "rank correlation of the share of right sums and the attention of the best head to the two tens"}
 
 # %% ../../nbs/27_open_questions.ipynb #293f2b66
-FOLLOWED = [*EXPLORED, *CONFIRMED]
+FOLLOWED = [*EXPLORED]                                                                         # the confirmation seeds are asked when all else is settled
 _SHARE = (0.0, 1.0)
 EVOLUTION = {"moments": ("moments of training that were looked at", "", None), "onset": ("step from which on clean and corrupted prompts differ by a quarter of what they do at the end", "steps", None), "onset_skill": ("share of fresh prompts right at onset", "", _SHARE),
              "end_skill": ("share of fresh prompts right at the end", "", _SHARE), "end_own": ("share of the difference that the last circuit does, on pairs that did not choose it", "", None), "end_edges": ("edges of the last circuit", "edges", None), "end_edge_share": ("the same as a share of all edges", "", _SHARE),
