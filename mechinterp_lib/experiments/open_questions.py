@@ -452,15 +452,15 @@ SUMS = {"13": ("confidence tells 0.8, the circuit 0.7, difficulty 0.6, in this o
 COPIES = {"14": ("confidence tells more than the circuit, the circuit more than difficulty, and at least 0.7", lambda of: (of.circuit >= 0.7) & (of.confidence > of.circuit) & (of.circuit > of.difficulty))}
 TOLD = {"15": ("the circuit adds less than 0.02 to confidence", lambda of: of.gain < 0.02), "16": ("the circuit tells more than the control by 0.05", lambda of: of.over_control >= 0.05)}
 
-_TABLES = ("claims", "failures_seeds")
+_TABLES = ("evolution_seeds", "claims", "failures_seeds")
 
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How often each prediction held, on the models that were explored and on those that were kept."
     import pandas as pd
-    claims, failures = (load_table(EXPERIMENT, name) for name in _TABLES)
+    course, claims, failures = (load_table(EXPERIMENT, name) for name in _TABLES)
     firm = pd.DataFrame([{"model": "claims", "seed": 0, "name": name, "value": value} for name, value in (("in_all", (claims.holds == claims.seeds).mean()), ("steady", (claims.varies < 0.25).mean()))])
     sums = failures.model.str.endswith("early")
-    asked = [(firm, FIRM, _kept_apart), (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies)]
+    asked = [(course, COURSE, _kept_apart), (course[course.model == "copying"], PARTS, _kept_apart), (firm, FIRM, _kept_apart), (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies)]
     results = {name: result for table, predicted, group in asked for name, result in as_predicted(table, predicted, group).items()}
     return results, {}
 
@@ -476,13 +476,14 @@ STAGES = {
     "smallest": Stage(smallest_stage, {"layers": list(LAYERS), "heads": list(HEADS), "widths": list(WIDTHS)}, GRID_SEEDS, list, lambda: runs_missing(_grid_runs()), trains=True),
     "firm": Stage(firm_stage, {"claims": len(CLAIMS)}, range(10), _claim_files),
     "failures": Stage(failures_stage, {"prompts": PROMPTS, "texts": TEXTS}, range(10), partial(subject_files, ("addition-gpt2", "addition-qwen", "shakespeare-induction", "induction-2l"), "tinyshakespeare"), corpus_missing),
-    "predictions": Stage(predictions_stage, {"predictions": len(FIRM | SUMS | COPIES | TOLD)}, range(10), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES)),
+    "predictions": Stage(predictions_stage, {"predictions": len(COURSE | PARTS | FIRM | SUMS | COPIES | TOLD)}, range(10), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES)),
 }
 
 # %% ../../nbs/27_open_questions.ipynb #1f78ed33
 def findings(results: dict[str, Result]) -> list[str]:
     "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
     sentences = [
+        ("A circuit for copying grows where it stays: when a model begins to tell two prompts apart, the edges of its last circuit do {} of the difference, random ones of the same kinds {} at best, and the circuit has {} edges for each that it has in the end. In addition the last edges do {} then, and random ones of the same kinds {}.", "copying_onset_last", "copying_onset_random", "copying_thinning", "addition_onset_last", "addition_onset_random"),
         ("Of the headline claims of this book a share of {} holds in every seed that it can be asked of, of all claims and seeds {}; a share of {} has an effect whose standard deviation over seeds is below a quarter of its size.", "claims_in_all", "claims_held", "claims_steady"),
         ("Where a model that copies passages is about to be wrong, its confidence tells with an AUROC of {}, what its induction heads look at with {}, how ambiguous the letters are with {}; heads beside them tell {}.", "shakespeare_induction_kept_confidence", "shakespeare_induction_kept_circuit", "shakespeare_induction_kept_difficulty", "shakespeare_induction_kept_control"),
         ("In half-trained models that add, the circuit tells wrong digits about as well as confidence does, {} against {} and {} against {} (GPT-2 and Qwen3 blocks); to confidence it adds {} and {}, as many numbers read elsewhere {} and {}.", "addition_gpt2_early_kept_circuit", "addition_gpt2_early_kept_confidence", "addition_qwen_early_kept_circuit", "addition_qwen_early_kept_confidence",
