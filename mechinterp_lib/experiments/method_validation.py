@@ -40,10 +40,10 @@ __all__ = ['EXPERIMENT', 'PLACEMENTS', 'PAIRS', 'NOISE', 'DRAWN', 'KINDS', 'SHIP
            'ROWS', 'FRESH', 'SHARPNESS', 'IMPLIED', 'BUILT', 'ASKED', 'DRAWS', 'RESAMPLES', 'TESTS', 'SHIFT', 'DRAW',
            'RATES', 'INTERVALS', 'Value', 'LITTLE', 'RIGHT', 'SCORED', 'PREDICTED', 'STAGES', 'named', 'largest',
            'add_noise', 'answers_rightly', 'moved_heads', 'told_apart', 'case_of', 'circuits_stage', 'shown',
-           'plain_cell', 'compared_cells', 'scans_of', 'races', 'speed_results', 'scans_stage', 'head_places',
-           'softened', 'fresh_roles', 'categorized', 'is_true', 'ruler_results', 'name_results', 'heads_stage',
-           'lens_of', 'lens_stage', 'by_bootstrap', 'by_seeds', 'covered', 'rates_covered', 'discoveries',
-           'statistics_stage', 'held', 'findings']
+           'plain_cell', 'all_activations', 'compared_cells', 'scans_of', 'races', 'speed_results', 'scans_stage',
+           'head_places', 'softened', 'fresh_roles', 'categorized', 'is_true', 'ruler_results', 'name_results',
+           'heads_stage', 'lens_of', 'lens_stage', 'by_bootstrap', 'by_seeds', 'covered', 'rates_covered',
+           'discoveries', 'statistics_stage', 'held', 'findings']
 
 # %% ../../nbs/28_method_validation.ipynb #c2053f58
 PLACEMENTS, PAIRS, NOISE, DRAWN = range(5), 16, (0.0, 0.005, 0.01, 0.02), 20                    # seeds of places; pairs of prompts; standard deviations; random circuits a case
@@ -108,7 +108,7 @@ def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
         results |= {named(f"{name}_{method}", noise=noise): mean_result(some[name], unit="", how=f"{text}, mean over cases; {of}") for name, text in means.items() if some[name].notna().all()}
     return results, {"circuits": table}
 
-# %% ../../nbs/28_method_validation.ipynb #774bdd40
+# %% ../../nbs/28_method_validation.ipynb #5ad7e7d3
 SHIPPED, PROMPTS, LENGTH, CELLS = (*FAMILIES, *ADDITION, "shapes"), 8, 10, 12                    # families; prompts for each, of so many tokens; cells of each scan that are made the slow way
 
 def shown(family: str) -> tuple[TransformerBridge, Int[Tensor, "prompt pos"], Float[Tensor, "prompt pos d_vocab"]]:
@@ -124,45 +124,51 @@ def shown(family: str) -> tuple[TransformerBridge, Int[Tensor, "prompt pos"], Fl
     tokens = torch.randint(model.cfg.d_vocab, (PROMPTS, LENGTH), generator=draw)
     with torch.no_grad(): return model, tokens, forward_logits(model.original_model, tokens)
 
-def plain_cell(model: TransformerBridge, base: Int[Tensor, "pair pos"], source: Mapping[str, Tensor], metric: Metric, component: str, cell: Mapping[str, int]) -> float:
-    "The metric of one whole forward pass on one prompt, in which a hook exchanges one activation for that of the other prompt."
+def plain_cell(model: TransformerBridge, base: Int[Tensor, "pair pos"], seen: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], metric: Metric, component: str, cell: Mapping[str, int], direct: bool = False) -> float:
+    "The metric of one whole forward pass on one prompt, in which a hook exchanges one activation for that of the other prompt; `seen` holds both runs' activations. Streams between attention and MLP are exchanged through what attention adds, patterns through what comes of them, unless `direct`: by their own hooks."
     import torch
-    name, pair = hook_name(model, component, cell["layer"]), cell["pair"]
-    pos, part = cell.get("pos", slice(None)), [cell[axis] for axis in ("head", "neuron") if axis in cell]
-    where = (0, *part, pos) if component == "pattern" else (0, pos, *part)
+    pair, layer, parts = cell["pair"], cell["layer"], [cell[axis] for axis in ("head", "neuron") if axis in cell]
+    (here, there), where = ({part: run[hook_name(model, part, layer)][pair] for part in COMPONENTS if has_component(model, part, layer)} for run in seen), (cell.get("pos", slice(None)), *parts)
+    place, value = component, there[component]
+    if direct and component == "pattern": where = where[::-1]
+    elif component == "pattern": place, value = "z", (there["pattern"] @ here["v"].repeat_interleave(model.cfg.n_heads // here["v"].shape[1], 1).transpose(0, 1)).transpose(0, 1)
+    elif component == "resid_mid" and not direct: place, value = "attn_out", here["attn_out"] + there["resid_mid"] - here["resid_mid"]
     def write(old: Tensor, hook) -> Tensor:
         "The activation with one part exchanged."
         new = old.clone()
-        new[where] = source[name][pair][where[1:]]
+        new[(0, *where)] = value[where]
         return new
-    with torch.no_grad(): logits = model.run_with_hooks(base[pair:pair + 1], fwd_hooks=[(name, write)])
+    with torch.no_grad(): logits = model.run_with_hooks(base[pair:pair + 1], fwd_hooks=[(hook_name(model, place, layer), write)])
     return float(metric(logits, torch.tensor([pair])))
 
-# %% ../../nbs/28_method_validation.ipynb #159494d2
-def compared_cells(model: TransformerBridge, clean: Int[Tensor, "pair pos"], corrupted: Int[Tensor, "pair pos"], metric: Metric, component: str, direction: str, draw: torch.Generator) -> dict:
-    "The largest difference between a scan and the plain loop over some of its cells, and the largest effect of the scan."
+# %% ../../nbs/28_method_validation.ipynb #d1073b2a
+def all_activations(model: TransformerBridge, tokens: Int[Tensor, "prompt pos"]) -> Mapping[str, Tensor]:
+    "Every component of every layer in a run, by hook name."
     import torch
-    base, other = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    names = {hook_name(model, component, layer) for layer in range(model.cfg.n_layers) for component in COMPONENTS if has_component(model, component, layer)}
+    with torch.no_grad(): return model.run_with_cache(tokens, names_filter=lambda name: name in names)[1]
+
+def compared_cells(model: TransformerBridge, clean: Int[Tensor, "pair pos"], corrupted: Int[Tensor, "pair pos"], seen: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], metric: Metric, component: str, direction: str, draw: torch.Generator) -> dict:
+    "The largest difference between a scan and the plain loop over some of its cells (the same with hooks that are not what they seem: `direct`), and the largest effect of the scan; `seen` holds the activations of the clean and of the corrupted runs."
+    import torch
+    base, seen = (corrupted, seen[::-1]) if direction == "denoise" else (clean, seen)
     some = {"layers": [model.cfg.n_layers - 1], "positions": "all"} if component == "post" else {}
-    scan = patch_scan(model, clean, corrupted, component=component, metric=metric, direction=direction, skip_same=False, **some)
-    names = [hook_name(model, component, layer) for layer in scan.axes["layer"]]
-    with torch.no_grad(): source = model.run_with_cache(other, names_filter=lambda name: name in names)[1]
-    differences = []
+    scan, gone = patch_scan(model, clean, corrupted, component=component, metric=metric, direction=direction, skip_same=False, **some), {False: [], True: []}
     for i in torch.randperm(scan.patched.numel(), generator=draw)[:CELLS].tolist():
         place = torch.unravel_index(torch.tensor(i), scan.patched.shape)
         cell = {"pair": int(place[0])} | {axis: values[int(at)] for (axis, values), at in zip(scan.axes.items(), place[1:])}
-        differences.append(abs(float(scan.patched[place]) - plain_cell(model, base, source, metric, component, cell)))
-    return {"component": component, "direction": direction, "cells": len(differences), "difference": max(differences), "effect": float(scan.changes.abs().max())}
+        for direct in (False, True) if component in ("resid_mid", "pattern") else (False,): gone[direct].append(abs(float(scan.patched[place]) - plain_cell(model, base, seen, metric, component, cell, direct)))
+    return {"component": component, "direction": direction, "cells": len(gone[False]), "difference": max(gone[False]), "direct": max(gone[True], default=None), "effect": float(scan.changes.abs().max())}
 
 def scans_of(family: str) -> list[dict]:
     "The same for every component and direction of one model."
     model, tokens, logits = shown(family)
     clean, corrupted = tokens.chunk(2)
     best = logits[:len(clean), -1].topk(2).indices                                             # its answer, and what it would say next
-    metric, draw = logit_diff(model, best[:, 0], best[:, 1]), generator(EXPERIMENT, "cells", family)
-    return [{"model": family} | compared_cells(model, clean, corrupted, metric, component, direction, draw) for component in COMPONENTS if has_component(model, component) for direction in ("denoise", "noise")]
+    metric, draw, seen = logit_diff(model, best[:, 0], best[:, 1]), generator(EXPERIMENT, "cells", family), (all_activations(model, clean), all_activations(model, corrupted))
+    return [{"model": family} | compared_cells(model, clean, corrupted, seen, metric, component, direction, draw) for component in COMPONENTS if has_component(model, component) for direction in ("denoise", "noise")]
 
-# %% ../../nbs/28_method_validation.ipynb #9e4e8dd3
+# %% ../../nbs/28_method_validation.ipynb #a9fd33c1
 def races(table: str, job: str) -> pd.DataFrame:
     "The rows of a race of the benchmarks on one thread whose name begins so."
     rows = load_table("benchmarks", table)
@@ -185,11 +191,13 @@ def scans_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     table["share"] = table.difference / table.effect
     how = "largest difference between patch_scan and a plain loop of whole forward passes, over random cells of scans of every component in both directions"
     results = {"scan_difference": largest(table.difference, n=int(table.cells.sum()), unit="nats", how=f"{how}, all families"), "scan_share": largest(table.share, n=int(table.cells.sum()), unit="", how=f"{how}, as a share of the largest effect of the scan, all families")}
+    direct = table[table.direct.notna()].assign(share=table.direct / table.effect)
+    for component, some in direct.groupby("component"): results[f"direct_{component}"] = largest(some.share, n=int(some.cells.sum()), unit="", how=f"the same with a loop that writes to TransformerLens's hook of {component} itself, as a share of the largest effect of the scan, all families")
     for family, some in table.groupby("model"): results[named(f"scan_share_{family}")] = largest(some.share, n=int(some.cells.sum()), unit="", how=f"{how}, as a share of the largest effect of the scan, {family}")
     return results | speed_results(), {"scans": table}
 
-# %% ../../nbs/28_method_validation.ipynb #8fd422c3
-HEAD_PLACES, ROWS, FRESH = range(6), 80, range(100, 106)                                        # seeds of places; texts; seeds of untrained models
+# %% ../../nbs/28_method_validation.ipynb #b70f4a0a
+HEAD_PLACES, ROWS, FRESH = range(6), 80, range(100, 106)                                        # seeds of places and texts; how many texts; seeds of untrained models
 SHARPNESS = {"sharp": None, "4": 4.0, "2": 2.0, "1": 1.0}                                       # by how much the right place is scored above the others, nats; as built: some 14
 IMPLIED = {"previous": {"positional"}, "local": {"positional"}, "induction": {"ngram_induction", "copying"}}
 BUILT = tuple(role for role in ROLES if role != "ngram_induction")
@@ -210,20 +218,20 @@ def softened(model: TransformerBridge, nats: float | None) -> TransformerBridge:
     for block in model.original_model.layers if nats is not None else (): block.attn.q.weight.data *= nats * model.cfg.d_head**0.5 / 100
     return model
 
-# %% ../../nbs/28_method_validation.ipynb #ca95e27c
-def fresh_roles(seed: int) -> dict[str, Float[np.ndarray, "one layer head"]]:
-    "The null scores of one untrained model."
-    return untrained_roles(roles_model(), letters_and_brackets(ROWS, 0), seeds=[seed], **ASKED)
+# %% ../../nbs/28_method_validation.ipynb #19ef0bbe
+def fresh_roles(texts: int) -> dict[str, Float[np.ndarray, "seed layer head"]]:
+    "The scores of untrained models on one draw of texts."
+    return untrained_roles(roles_model(), letters_and_brackets(ROWS, texts), **ASKED)
 
 def categorized(item: tuple[int, str, Mapping]) -> pd.DataFrame:
-    "The table of roles of one built model, or of an untrained one (sharpness `untrained`), beside what each head was built to be."
+    "The table of roles of one built model, or of an untrained one (sharpness `untrained`), on texts of its own, beside what each head was built to be."
     seed, sharpness, null = item
     places = {} if sharpness == "untrained" else head_places(seed)
     model = softened(roles_model(places), SHARPNESS.get(sharpness))
     if sharpness == "untrained":
-        tokenizer, model = model.tokenizer, untrained_copy(model, seed)
+        tokenizer, model = model.tokenizer, untrained_copy(model, FRESH[seed])
         model.tokenizer = tokenizer
-    table, built = categorize_attention_heads(model, letters_and_brackets(ROWS, 0), untrained=null, **ASKED), {place: role for role, place in places.items()}
+    table, built = categorize_attention_heads(model, letters_and_brackets(ROWS, seed), untrained=null, **ASKED), {place: role for role, place in places.items()}
     named_as = head_roles(table)
     table["named"] = [role in named_as[label] for role, label in zip(table.role, table.label)]
     return table.assign(seed=seed, sharpness=sharpness, built=[built.get(place, "blank") for place in zip(table.layer, table["head"])])[["seed", "sharpness", "label", "built", "role", "score", "holds", "named"]]
@@ -232,7 +240,7 @@ def is_true(built: str, role: str) -> bool:
     "Whether a head that was built for one role has another, or the same."
     return role == built or role in IMPLIED.get(built, ())
 
-# %% ../../nbs/28_method_validation.ipynb #ccbc75a4
+# %% ../../nbs/28_method_validation.ipynb #30064b5d
 def ruler_results(sharp: pd.DataFrame) -> dict[str, Result]:
     "How often each ruler gives its highest score to the head that was built for it, alone; and to a head of which it is true."
     own, true = {}, []
@@ -254,10 +262,9 @@ def name_results(some: pd.DataFrame, sharpness: str) -> dict[str, Result]:
 
 def heads_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Whether rulers and names find the heads that were built."
-    import numpy as np, pandas as pd
-    fresh = in_parallel(fresh_roles, range(20))
-    null = {role: np.concatenate([one[role] for one in fresh]) for role in fresh[0]}
-    items = [(seed, sharpness, null) for sharpness in SHARPNESS for seed in HEAD_PLACES] + [(seed, "untrained", null) for seed in FRESH]
+    import pandas as pd
+    null = in_parallel(fresh_roles, HEAD_PLACES, "draw of texts")
+    items = [(seed, sharpness, null[seed]) for sharpness in (*SHARPNESS, "untrained") for seed in HEAD_PLACES]
     table = pd.concat(in_parallel(categorized, items), ignore_index=True).round(4)
     untrained = table[table.sharpness == "untrained"]
     results = ruler_results(table[table.sharpness == "sharp"])
