@@ -407,7 +407,7 @@ STAGES = {
     "statistics": Stage(statistics_stage, {"draws": DRAWS, "resamples": RESAMPLES, "tests": TESTS, "shift": SHIFT}, (0,)),
 }
 
-# %% ../../nbs/28_method_validation.ipynb #b007ce13
+# %% ../../nbs/28_method_validation.ipynb #a36ecb3c
 def findings(results: dict[str, Result]) -> list[str]:
     "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
     little, five = named("", noise=NOISE[2]), ("exact", "eap_ig", "acdc", "path_patching", "eap")
@@ -418,6 +418,6 @@ def findings(results: dict[str, Result]) -> list[str]:
         ("Of simulated data sets the 95% interval over five seeds holds the truth in {} with normal values and in {} with skewed ones, the bootstrap over 100 values in {} and {}, over five in {} and {}; Wilson's for a rate of one in twenty, seen in 20 trials, in {}.", "seeds_normal_5", "seeds_skewed_5", "bootstrap_normal_100", "bootstrap_skewed_100", "bootstrap_normal_5", "bootstrap_skewed_5", "wilson_rate_0_05_20"),
         (f"Of {TESTS} tests with {TESTS // 6} true effects a share of {{}} of those that pass the procedure of Benjamini and Hochberg is false, {{}} with noise that they share; without it {{}}.", f"fdr_{TESTS // 6}", f"fdr_{TESTS // 6}_shared", f"fdr_plain_{TESTS // 6}")]
     lines = [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
-    if "scan_share" in results: lines.append(f"Of {results['scan_share'].n:,} cells of scans of every component, in {len(SHIPPED)} families of models, none differs from a plain loop by more than {results['scan_share'].value:.1g} of the largest effect.")
-    if "lens_difference" in results: lines.append(f"At the last layer the lens differs from the log-probabilities of the same models as they were saved by at most {results['lens_difference'].value:.1g} nats.")
+    if "scan_share" in results: lines.append(f"The largest difference between a fast scan and a plain loop is {results['scan_share'].value:.2g} of the largest effect, over {results['scan_share'].n:,} cells of scans of every component in {len(SHIPPED)} families of models.")
+    if "lens_difference" in results: lines.append(f"The largest difference between the lens at the last layer and the log-probabilities of the same models as they were saved is {results['lens_difference'].value:.2g} nats.")
     return lines
