@@ -385,6 +385,7 @@ def _known_scores() -> dict[str, list[tuple[str, str, Float[Tensor, "query key"]
 def roles_model(places: Mapping[str, tuple[int, int]] | None = None, n_heads: int = 10) -> TransformerBridge:
     "Two layers of attention made by hand, which read up to 24 of `ROLE_LETTERS`: one head for each role in `places`, at its (layer, head), all others blank; by default ten in layer 0, and `induction` in layer 1. `InputError` for another role, one head with two, or an induction head that is not above a previous-token head."
     import torch
+    from mechinterp_lib.data import char_tokenizer
     known, V = _known_scores(), len(ROLE_LETTERS)
     places = {role: (i // 10, i % 10) for i, role in enumerate(known)} if places is None else dict(places)
     for role, (layer, head) in places.items(): check_choice("role", role, known), check_range("layer", layer, 0, 2), check_range("head", head, 0, n_heads)
@@ -401,7 +402,6 @@ def roles_model(places: Mapping[str, tuple[int, int]] | None = None, n_heads: in
             module.layers[layer].attn.q.bias[spare], module.layers[layer].attn.k.weight[spare, part["position"].start] = 1, -1000
         set_scores(module, layer, head, *known[role])
         if role in writes: set_writing(module, layer, head, writes[role])
-    from mechinterp_lib.data import char_tokenizer
     return as_bridge(module, char_tokenizer(ROLE_LETTERS))
 
 # %% ../nbs/08_attention_analysis.ipynb #c24af348
