@@ -227,7 +227,7 @@ def test_what_cannot_be_used(model, rows, sae, tmp_path):
     for match, wrong in {
         "no such hook": lambda: train_sae(model, "blocks.9.hook_resid_post", rows, **SMALL), "architecture": lambda: train_sae(model, HOOK, rows, "gated", **SMALL), "too few tokens": lambda: train_sae(model, HOOK, rows[:3], **SMALL),
         "NaN": lambda: train_sae(broken, HOOK, rows, **SMALL), "d_in 24": lambda: check_sae(free, other), "another model": lambda: check_sae(sae, broken), "no hook_name": lambda: check_sae(sae_lens.StandardSAE(sae_lens.StandardSAEConfig(d_in=24, d_sae=30)), model),
-        "no cfg.json": lambda: load_sae(tmp_path / "nothing"), "cannot be read": lambda: load_sae(tmp_path), "k:": lambda: train_sae(model, HOOK, rows, **SMALL | {"k": 99}), "n_samples": lambda: train_sae(model, HOOK, rows, **SMALL | {"n_samples": 3}),
+        "no cfg.json": lambda: load_sae(tmp_path / "nothing"), "not a JSON file": lambda: load_sae(tmp_path), "k:": lambda: train_sae(model, HOOK, rows, **SMALL | {"k": 99}), "n_samples": lambda: train_sae(model, HOOK, rows, **SMALL | {"n_samples": 3}),
         "at least 2": lambda: evaluate_sae(sae, model, rows[:1]), "skip": lambda: train_sae(model, HOOK, rows, skip=16, **SMALL), "sae_id": lambda: load_sae("no-such-release", "blocks.0"), "features": lambda: ablate_feature(model, sae, 48), "without positions|hooks that see": lambda: train_sae(model, "blocks.1.attn.hook_pattern", rows, **SMALL), "finite": lambda: fit_sae(lambda start: itertools.repeat(torch.full((64, 8), float("nan"))), n_samples=640, progress=False),
         "training mode": lambda: evaluate_sae(sae, training, rows[:4]), "strength": lambda: steer_with_feature(model, sae, 0, float("nan")),
     }.items():
