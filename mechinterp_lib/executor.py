@@ -104,11 +104,13 @@ def _worker() -> Callable:
     return work
 
 # %% ../nbs/12_executor.ipynb #7d85a6e0
+def _first_line(error: Exception) -> str: return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
 def _fetched(task: Any) -> Any:
     "What a task found; the exception that it raised; or an `InputError` if it was not or could not be run."
     import ray
     try: outcome, value = ray.get(task)
-    except ray.exceptions.RayError as error: raise InputError("worker", str(error).strip().splitlines()[0][:160], f"a task was given up, after {RETRIES} retries if its worker died; too little memory is the usual reason") from error
+    except ray.exceptions.RayError as error: raise InputError("worker", _first_line(error), f"a task was given up, after {RETRIES} retries if its worker died; too little memory is the usual reason") from error
     if outcome == "refused": raise InputError("worker", value, "every machine of the cluster needs this checkout, its models and MECHINTERP_DATA at the same paths, and the same packages")
     if outcome == "raised": raise value
     return value
@@ -141,7 +143,7 @@ def _cluster(address: str) -> Iterator[None]:
         try:
             if (place := address.rpartition(":"))[2].isdecimal(): socket.create_connection((place[0].strip("[]"), int(place[2])), timeout=10).close()       # Ray itself would try for minutes
             with warnings.catch_warnings(action="ignore"): ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except Exception as error: raise InputError("address", address, f"no Ray cluster: {str(error).strip().splitlines()[0]}") from error
+        except Exception as error: raise InputError("address", address, f"no Ray cluster: {_first_line(error)}") from error
         yield
     finally:
         ray.shutdown()
