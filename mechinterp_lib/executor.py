@@ -156,11 +156,13 @@ def _worker() -> Callable:
     return work
 
 # %% ../nbs/12_executor.ipynb #7d85a6e0
+def _first_line(error: Exception) -> str: return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
 def _fetched(task: Any) -> Any:
     "What a task found; the exception that it raised; or an `InputError` if it was not or could not be run."
     import ray
     try: outcome, value = ray.get(task)
-    except ray.exceptions.RayError as error: raise InputError("worker", str(error).strip().splitlines()[0][:160], f"a task was given up, after {RETRIES} retries if its worker died; too little memory is the usual reason") from error
+    except ray.exceptions.RayError as error: raise InputError("worker", _first_line(error), f"a task was given up, after {RETRIES} retries if its worker died; too little memory is the usual reason") from error
     if outcome == "refused": raise InputError("worker", value, "every machine of the cluster needs this checkout, its models and MECHINTERP_DATA at the same paths, and the same packages")
     if outcome == "raised": raise value
     return value
@@ -181,19 +183,20 @@ EXECUTORS = ("local", "ray")
 @contextlib.contextmanager
 def _cluster(address: str) -> Iterator[None]:
     "Be connected to the Ray cluster at `address`, or to a `local` one that is started for the block; one that this process is connected to already is used as it is."
-    import logging, warnings
+    import logging, signal, threading, warnings
     try: import ray
     except ImportError: raise InputError("executor", "ray", "not installed; pip install 'mechinterp-lib[ray]'") from None
     if ray.is_initialized(): yield; return
     patient = {"agent_register_timeout_ms": 300_000, "worker_register_timeout_seconds": 300}                 # a busy machine starts slowly
     own = {"num_cpus": processors(), "include_dashboard": False, "_node_ip_address": "127.0.0.1", "_system_config": patient} if address == "local" else {}
-    told = os.environ.get("RAY_USAGE_STATS_ENABLED")
+    told, ended_by = os.environ.get("RAY_USAGE_STATS_ENABLED"), signal.getsignal(signal.SIGTERM)
     if told is None: os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         try:
             if (place := address.rpartition(":"))[2].isdecimal(): socket.create_connection((place[0].strip("[]"), int(place[2])), timeout=10).close()       # Ray itself would try for minutes
             with warnings.catch_warnings(action="ignore"): ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except Exception as error: raise InputError("address", address, f"no Ray cluster: {str(error).strip().splitlines()[0]}") from error
+            if callable(ended_by) and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, ended_by)       # Ray puts its own in its place
+        except Exception as error: raise InputError("address", address, f"no Ray cluster: {_first_line(error)}") from error
         yield
     finally:
         ray.shutdown()
