@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools, re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Collection, Iterable, Iterator, Mapping, Sequence
 
 from .core import PICTURES, InputError, check_choice, check_number, check_range, check_suffix, generator, write_text
 from .data import encode
@@ -64,7 +64,7 @@ class Metric:
     name: str
     unit: str
     of: Callable[[Float[Tensor, "row read chosen"], Int[Tensor, "row"]], Float[Tensor, "row"]]
-    read: int | Sequence[int] | Int[Tensor, "..."] | None = -1
+    read: int | Sequence[int] | Int[Tensor, "..."] | Int[np.ndarray, "..."] | None = -1
     vocab: Int[Tensor, "chosen"] | None = None
     n: int | None = None
 
@@ -79,7 +79,7 @@ class Metric:
     def read_of(self, prompts: Int[Tensor, "row"]) -> Any:
         "The positions that are read in runs of these prompts: theirs, or those that are read in all."
         import numpy as np
-        return np.asarray(self.read)[prompts.numpy()] if np.ndim(self.read) == 2 else self.read
+        return np.asarray(self.read)[prompts.numpy()] if np.ndim(self.read) == 2 else self.read  # type: ignore[arg-type]  # a tensor and None have dimensions too
 
     def of_prompts(self, index: Int[Tensor, "some"]) -> Metric:
         "The metric of some of the prompts that it was made for."
@@ -93,7 +93,7 @@ def answer_ids(model: TransformerBridge, answer: str | int | Sequence | Int[Tens
     if hasattr(answer, "tolist"): answer = answer.tolist()                                     # tensors and arrays
     if not isinstance(answer, (str, list, tuple)) and not hasattr(answer, "__index__"): raise InputError(argument, answer, "allowed: a token as text or id, or one for each prompt")
     given = answer if isinstance(answer, (list, tuple)) else [answer]
-    def one(item: str | int) -> int:
+    def one(item: Any) -> int:
         "One answer's id."
         if not isinstance(item, str): return check_range(argument, item, 0, model.cfg.d_vocab)
         if model.tokenizer is None: raise InputError(argument, item, "this model has no tokenizer; pass a token id")
@@ -227,7 +227,7 @@ def patch_activation(model: TransformerBridge, inputs: str | Sequence[str] | Int
         new = position_first(pattern, old.clone())
         if heads is not None and new.ndim < 4: raise InputError("heads", heads, f"{name} has no heads; leave heads out")
         chosen = [_places("positions", positions, new.shape[1])] + ([] if heads is None else [_places("heads", heads, new.shape[2])])
-        where = (slice(None), *torch.meshgrid(*chosen, indexing="ij"))
+        where: Any = (slice(None), *torch.meshgrid(*chosen, indexing="ij"))
         try: new[where] = value.to(new).expand(new[where].shape)
         except (RuntimeError, AttributeError): raise InputError("value", tuple(getattr(value, "shape", ())), f"allowed: {tuple(new[where].shape)}, or what broadcasts to it") from None
         if value.isnan().any(): raise InputError("value", "NaN", "numbers are needed")
@@ -290,9 +290,9 @@ class Scan:
     axes: dict[str, list]
     patched: Float[Tensor, "pair *axes"]
     clean: Float[Tensor, "pair"]
-    corrupted: Float[Tensor, "pair"] | None
+    corrupted: Float[Tensor, "pair"] | Any
     tokens: tuple[list[list[str]], ...] = ()
-
+    pairs: ClassVar[Callable[..., Scan]]; share: ClassVar[property]; to_frame: ClassVar[Callable[..., pd.DataFrame]]; plot: ClassVar[Callable[..., Any]]; save: ClassVar[Callable[..., Path]]
     def __repr__(self) -> str:
         cells = " x ".join(f"{len(names)} {axis}" for axis, names in self.axes.items()) or f"effect {self.effects.item():.3g}"
         return f"Scan of {self.component}, {self.direction}: {cells}, {len(self.clean)} pairs; {self.metric} without a patch {self.baseline:.3f}"
@@ -377,7 +377,7 @@ def _as_map(scan: Scan) -> tuple[Float[np.ndarray, "rows columns"], dict[str, An
     return values.reshape(len(joined), len(names)), {"x_label": {"pos": "position", None: "component"}.get(columns, columns), "y_label": " and ".join(rows) or "component", "x_labels": names,
                                                    "y_labels": joined, "colour_label": label, "diverging": True}
 
-def _plot(self: Scan, interactive: bool = True) -> go.Figure | Figure:
+def _plot(self: Scan, interactive: bool = True) -> go.Figure | Any:
     "A map of the scan: with the pointer on a cell its value and place, or, not `interactive`, a still figure."
     from mechinterp_lib.plots import heatmap, interactive_heatmap
     values, labels = _as_map(self)
@@ -581,7 +581,7 @@ class Part:
     "A component of one layer; of one head, if `head` is given (for `post`, of one neuron)."
     component: str
     layer: int
-    head: int | None = None
+    head: int | Any = None
 
     def __str__(self) -> str:
         if self.head is None: return f"layer_{self.layer} {self.component}"

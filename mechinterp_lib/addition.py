@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -232,7 +232,7 @@ def flips(model: TransformerBridge, first: Asked, second: Asked, shuffled: bool 
     return _scanned(model, lambda component: patch_scan(model, source, first.rows, component=component, positions="all", metric=first.metric(second.token)).patched)
 
 # %% ../nbs/14_addition.ipynb #bad5cb08
-def activations_of(model: TransformerBridge, asked: Asked, names: Mapping[Hashable, str]) -> dict[Hashable, Float[Tensor, "problem pos ..."]]:
+def activations_of(model: TransformerBridge, asked: Asked, names: Mapping[Any, str]) -> dict[Any, Float[Tensor, "problem pos ..."]]:
     "The activations of all problems, on the processor; `names` gives each a name of its own and that of its hook."
     import torch
     seen = [capture(model, rows, names.values())[1] for rows in asked.rows.split(CHUNK)]

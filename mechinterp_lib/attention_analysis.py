@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence
 
 from .core import InputError, check_choice, check_range, check_suffix, generator, seed_for, seeded
 from .interventions import capture, check_tokens, dataset_rows, hook_name, norm_gain
@@ -199,7 +199,7 @@ class Matches:
     answer: Int[Tensor, "batch"]
     target_pos: Int[Tensor, "batch"]
     distractor: Int[Tensor, "batch"] | None = None
-    distractor_pos: Int[Tensor, "batch"] | None = None
+    distractor_pos: Int[Tensor, "batch"] | Any = None
 
 def _match_candidates(batch: int, m: int, n_ctx: int, low: int, d_vocab: int, generator: torch.Generator, distractor: bool,
                       bos: int | None) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch"], Int[Tensor, "batch"]]:
@@ -305,7 +305,7 @@ def _test_sequences(model: TransformerBridge, n: int, length: int | None, seed: 
     return repeated_random(n, length, model.cfg.d_vocab, generator(purpose, seed), bos=bos, distinct=distinct, low=low), length
 
 # %% ../nbs/08_attention_analysis.ipynb #57e7e8bc
-def _check_null(model: TransformerBridge, null: Float[Tensor, "seed layer head"] | Float[np.ndarray, "seed layer head"] | None, q: float, what: str, source: str) -> Float[Tensor, "seed layer head"] | Float[np.ndarray, "seed layer head"]:
+def _check_null(model: TransformerBridge, null: Float[Tensor, "seed layer head"] | Float[np.ndarray, "seed layer head"] | Any, q: float, what: str, source: str) -> Any:
     "The scores of untrained models; an `InputError` where there are none, or so few that no head could pass alone."
     shape, heads = tuple(getattr(null, "shape", ())), (model.cfg.n_layers, model.cfg.n_heads)
     if len(shape) != 3 or shape[1:] != heads: raise InputError("untrained", f"{what}shape {shape}", f"allowed: [seed, {heads[0]}, {heads[1]}] {source}")
@@ -313,7 +313,7 @@ def _check_null(model: TransformerBridge, null: Float[Tensor, "seed layer head"]
     return null
 
 def _null_tests(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], length: int, bos: bool, null: Float[Tensor, "seed layer head"], seed: int, q: float,
-                chunk: int) -> dict[str, Float[Tensor, "layer head"]]:
+                chunk: int) -> dict[str, Float[np.ndarray, "layer head"]]:
     "Each head's means under both nulls, and p-values against them; `null` as `_check_null` asks for."
     import numpy as np
     from mechinterp_lib.statistics import null_p_values, sign_flip_p_values
@@ -378,7 +378,7 @@ def _known_scores() -> dict[str, list[tuple[str, str, Float[Tensor, "query key"]
     bracket[1, 0] = 1
     halfway = torch.nn.functional.one_hot(torch.arange(L) // 2, L).float()
     return {"current": [("position", "position", one)], "previous": [], "first": [("position", "position", torch.ones(L, 1))],
-            "local": [("position", "position", sum(torch.ones(L, L).triu(-back).tril(-back) for back in (2, 3, 4)))],
+            "local": [("position", "position", sum(torch.ones(L, L).triu(-back).tril(-back) for back in (2, 3, 4)))],  # type: ignore[list-item]  # a sum of tensors is one
             "positional": [("position", "position", halfway)], "duplicate": [("token", "token", same), ("position", "position", -2 * one)],
             "delimiter": [("token", "token", bracket)], "copying": [], "copy_suppression": [("token", "token", same.roll(1, 1))], "successor": [], "induction": []}
 
@@ -424,7 +424,7 @@ def uniform_scores(pattern: Float[Tensor, "*batch query_pos key_pos"]) -> Float[
 def local_ngram_scores(pattern: Float[Tensor, "*batch query_pos key_pos"], n: int = 5) -> Float[Tensor, "*batch"]:
     "Mean attention to the tokens from 2 to `n - 1` back: what a model of n-grams reads beyond the current and the previous token. `InputError` unless `n` is from 3 to the number of positions."
     check_range("n", n, 3, pattern.shape[-1] + 1)
-    return sum(mean_diagonal(pattern, back, slice(n - 1, None)) for back in range(2, n))
+    return sum(mean_diagonal(pattern, back, slice(n - 1, None)) for back in range(2, n))  # type: ignore[return-value]  # a sum of tensors is one
 
 def positional_scores(pattern: Float[Tensor, "*batch query_pos key_pos"], other: Float[Tensor, "*batch query_pos key_pos"]) -> Float[Tensor, "*batch"]:
     "The share of a causal pattern's variance within rows that the place explains: how far it agrees with the pattern of an unrelated text, position 0 and the query's own left out; 0 where both are even. `InputError` for patterns of two shapes."
@@ -441,6 +441,7 @@ def targeted_scores(pattern: Float[Tensor, "batch head query_pos key_pos"], targ
                     queries: Bool[Tensor, "batch query_pos"] | None = None) -> Float[Tensor, "batch head"]:
     "Attention on `targets`, mean over the `queries` (by default those that have a target); NaN where there is none. The `pattern` of a layer of an `Attention` is `attention.patterns[layer].transpose(0, 1)`. `InputError` for masks of other shapes, or that are not Boolean."
     import torch
+    given: Any
     for argument, given, shape in (("targets", targets, (pattern.shape[0], *pattern.shape[2:])), ("queries", queries, (pattern.shape[0], pattern.shape[2]))):
         if given is None and argument == "queries": continue
         if getattr(given, "dtype", None) != torch.bool or given.shape != shape: raise InputError(argument, f"{tuple(getattr(given, 'shape', ()))} {getattr(given, 'dtype', type(given).__name__)}", f"allowed: Booleans {shape}, for a pattern [batch, head, query_pos, key_pos] of {tuple(pattern.shape)}")
@@ -571,7 +572,7 @@ def successor_scores(model: TransformerBridge, series: Sequence[Sequence[int]] |
     series = _check_series(model, series)
     return torch.cat([_leads(logits, range(1, len(logits) + 1)) for logits in _series_logits(model, series, bos)])
 
-def _check_series(model: TransformerBridge, series: Sequence[Sequence[int]] | None) -> list[list[int]]:
+def _check_series(model: TransformerBridge, series: Sequence[Sequence[int]] | None) -> Sequence[Sequence[int]]:
     "`series`, or the model's own, as lists."
     series = [list(ids) for ids in (ordinal_series(model) if series is None else series)]
     if not series or min(len(set(ids)) for ids in series) < 3: raise InputError("series", series, "at least one of at least 3 different tokens is needed; this model's tokenizer may have none")
@@ -605,7 +606,7 @@ class _RoleTexts:
     targets: dict[str, Bool[Tensor, "batch query_pos key_pos"]]
     repeats: Int[Tensor, "batch pos2"]
     length: int
-    series: list[list[int]]
+    series: Sequence[Sequence[int]]
     bos: int | None
     seed: int
     n: int
@@ -658,12 +659,12 @@ def _plain_scores(pattern: Float[Tensor, "batch head query_pos key_pos"], n: int
 
 def _beside_by_place(pattern: Float[Tensor, "batch head query_pos key_pos"], n: int) -> dict[str, Float[Tensor, "batch head"]]:
     "`... at` the target and `... beside` it, from the queries that have both."
-    local = lambda first: sum(mean_diagonal(pattern, back, slice(2 * n - 3, None)) for back in range(first, first + n - 2))
+    local: Any = lambda first: sum(mean_diagonal(pattern, back, slice(2 * n - 3, None)) for back in range(first, first + n - 2))
     return {"current at": mean_diagonal(pattern, 0, slice(1, None)), "current beside": mean_diagonal(pattern, 1), "previous at": mean_diagonal(pattern, 1, slice(2, None)), "previous beside": mean_diagonal(pattern, 2),
             "first at": pattern[..., 2:, 0].mean(-1), "first beside": pattern[..., 2:, 1].mean(-1), "local at": local(2), "local beside": local(n)}
 
 # %% ../nbs/08_attention_analysis.ipynb #19e6d1a1
-def _beside_by_content(pattern: Float[Tensor, "batch head query_pos key_pos"], targets: Bool[Tensor, "batch query_pos key_pos"]) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch head"]]:
+def _beside_by_content(pattern: Float[Tensor, "batch head query_pos key_pos"], targets: Bool[Tensor, "batch query_pos key_pos"]) -> tuple[Float[Tensor, "batch head"], ...]:
     "Mean attention to a target, and to the same key from the queries between; NaN where there is none between."
     later = targets.flip(1).cumsum(1).flip(1) > 0
     between = (later & ~targets).tril(-1)
@@ -723,7 +724,7 @@ def _role_scores(model: TransformerBridge, asked: _RoleTexts, nulls: bool) -> di
     if nulls: found["successor null"] = torch.cat([_leads(of, [(i + 2 + int(torch.randint(len(of) - 1, (1,), generator=draw))) % (len(of) + 1) for i in range(len(of))]) for of in logits])
     return found
 
-def _units(values: Float[Tensor, "unit layer head"], role: str, tests: bool, halved: bool = False) -> Float[np.ndarray, "unit layer head"]:
+def _units(values: Float[Tensor, "unit layer head"] | Any, role: str, tests: bool, halved: bool = False) -> Float[np.ndarray, "unit layer head"]:
     "The units of the tests, or those of the report: the first or second half of the texts, all where they are `halved` already, every other member of a series; of two texts that were compared, one."
     values = values.double().numpy()
     if role == "successor": return values[int(not tests)::2]
@@ -771,7 +772,7 @@ def categorize_attention_heads(model: TransformerBridge, tokens: Int[Tensor, "ba
     return table
 
 # %% ../nbs/08_attention_analysis.ipynb #a1421552
-def _role_rows(model: TransformerBridge, role: str, scores: Mapping[str, Float[Tensor, "unit layer head"]], null: Float[np.ndarray, "seed layer head"] | None, q: float, seed: int) -> list[dict]:
+def _role_rows(model: TransformerBridge, role: str, scores: Mapping[str, Float[Tensor, "unit layer head"]], null: Float[np.ndarray, "seed layer head"] | Any, q: float, seed: int) -> list[dict]:
     "The rows of one role."
     import numpy as np
     from mechinterp_lib.statistics import benjamini_hochberg, map_intervals, null_p_values
@@ -790,7 +791,7 @@ def _role_rows(model: TransformerBridge, role: str, scores: Mapping[str, Float[T
         columns["holds"], columns["p_adjusted"] = benjamini_hochberg(columns["p"], q)
     return [row | {name: values[row["layer"], row["head"]].item() for name, values in columns.items()} for row in rows]
 
-def _compared(real: Float[Tensor, "unit layer head"], null: Float[Tensor, "unit layer head"], role: str, q: float, seed: int) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"] | None]:
+def _compared(real: Float[Tensor, "unit layer head"] | Any, null: Float[Tensor, "unit layer head"] | Any, role: str, q: float, seed: int) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"] | None]:
     "The null's mean, and p-values of exchange over the units of the tests; None where they are so few that no head could pass alone."
     import numpy as np
     from mechinterp_lib.statistics import sign_flip_p_values
@@ -812,6 +813,7 @@ def find_attention_patterns(model: TransformerBridge, dataset: str | Int[Tensor,
     """One row a score and head: the mean `score` over the rows of a corpus (`dataset_rows`), with a normal 95% interval, and how many rows it is (`rows`); `uniform`, and the roles that a text can show by place or content. `positional` compares rows that follow one another and are of one length. Rows of at most `n` or `match + 1` tokens are passed over. `InputError` where none is longer."""
     import numpy as np, pandas as pd
     sums: dict[str, list] = {}
+    values: Any
     for tokens in dataset_rows(model, dataset, length, check_range("chunk", chunk, 1, 2**31) + chunk % 2):
         if tokens.shape[1] <= max(n, match + 1): continue
         targets = _content_targets(model, tokens, match, delimiters)
@@ -882,10 +884,10 @@ def plot_attention(attention: Attention, save_path: str | Path | None = None, la
     "The same of patterns that are at hand: of one head, or, where neither `layer` nor `head` is given, of all. `InputError` for more than one sequence, a head that is not there, or another suffix."
     from mechinterp_lib.plots import attention_view, save_figure
     if len(_check_attention(attention).tokens) != 1: raise InputError("text", f"{len(attention.tokens)} sequences", "allowed: one")
-    chosen = {} if layer is head is None else {"layer": layer or 0, "head": head or 0}
+    chosen: dict[str, Any] = {} if layer is head is None else {"layer": layer or 0, "head": head or 0}
     kind = None if save_path is None else check_suffix("save_path", save_path)
     view = attention_view(*_of_sequence(attention, 0), **chosen)
-    if kind: save_figure(view if kind == ".html" else visualize_attention_head(attention, **chosen) if chosen else visualize_all_heads(attention), save_path)
+    if kind: save_figure(view if kind == ".html" else visualize_attention_head(attention, **chosen) if chosen else visualize_all_heads(attention), save_path)  # type: ignore[arg-type]  # there is a path where there is a kind
     return view
 
 # %% ../nbs/08_attention_analysis.ipynb #2eb1b257

@@ -9,7 +9,7 @@ import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Mapping, Sequence, TypeAlias
 
 from .activation_patching import (Pairs, Part, Scan, Task, as_task, compute_patching_effect, copying_task, has_component, logit_diff, mlp_reads, parse_component, path_patching, put_part, reads_at, run_pairs, sender_changes, writes_at)
 from .activation_patching import find_circuit as find_by_paths
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformer_lens.model_bridge import TransformerBridge
 
-    Edges = pd.DataFrame | Sequence[tuple[str, str]] | Bool[Tensor, "sender receiver"]
+    Edges: TypeAlias = pd.DataFrame | Sequence[tuple[str, str]] | Bool[Tensor, "sender receiver"]
 
 # %% auto #0
 __all__ = ['ABLATIONS', 'FRACTIONS', 'METHODS', 'edge_names', 'names_nodes', 'Graph', 'model_graph', 'node_edges', 'graph_pairs',
@@ -38,7 +38,7 @@ def edge_names(edges: Edges) -> list[tuple[str, str]]:
     "The (sender, receiver) names of a frame with these columns or of a list of pairs; `InputError` for anything else."
     if hasattr(edges, "columns"):
         for column in ("sender", "receiver"): check_choice("column of edges", column, edges.columns)
-        return list(zip(edges["sender"], edges["receiver"]))
+        return list(zip(edges["sender"], edges["receiver"]))  # type: ignore[call-overload, index]  # a frame
     if not isinstance(edges, (list, tuple, set)) or not all(isinstance(edge, tuple) and len(edge) == 2 and all(isinstance(name, str) for name in edge) for edge in edges):
         raise InputError("edges", type(edges).__name__, "allowed: a list of (sender, receiver) names, a frame with these columns, or a mask")
     return list(edges)
@@ -58,7 +58,7 @@ class Graph:
     allowed: Bool[Tensor, "sender receiver"]
     inputs: Bool[Tensor, "sender receiver"]
     aliases: dict[str, str]
-
+    nodes: ClassVar[Callable[..., Bool[Tensor, "sender"]]]; among: ClassVar[Callable[..., Bool[Tensor, "*circuit sender receiver"]]]; names: ClassVar[Callable[..., list[tuple[str, str]] | list[str]]]
     @cached_property
     def sender(self) -> dict[str, int]:
         "The row of each sender."
@@ -115,11 +115,11 @@ def model_graph(model: TransformerBridge) -> Graph:
     return Graph(senders, receivers, allowed, inputs, aliases)
 
 # %% ../nbs/11_circuits.ipynb #526a91e1
-def _nodes(self: Graph, names: pd.DataFrame | Sequence[str]) -> Bool[Tensor, "sender"]:
+def _nodes(self: Graph, names: pd.DataFrame | Sequence[str] | Any) -> Bool[Tensor, "sender"]:
     "Heads and MLPs as a mask, without the embedding, which is always in; `InputError` for names that the model does not have."
     import torch
     mask = torch.zeros(len(self.senders), dtype=torch.bool)
-    for name in names["sender"] if hasattr(names, "columns") else names: mask[self.sender[check_choice("node", name, self.senders)]] = True
+    for name in names["sender"] if hasattr(names, "columns") else names: mask[self.sender[check_choice("node", name, self.senders)]] = True  # type: ignore[call-overload]  # a frame
     mask[0] = False
     return mask
 
@@ -241,7 +241,7 @@ class Runner(_Moves):
     """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, or bool nodes `[circuit, sender]`, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model, `empty` that without any edge. `ablation`: what an absent edge carries, the sender's output in
     the "corrupted" run, its "mean" over the corrupted prompts, position by position, or "zero". `memory`: bytes that the circuits of a batch may take, roughly; one circuit on all pairs, and what each sender writes on them once (twice for other ablations than "corrupted"), is the least. `InputError` for a model
     in which a layer's attention is not the sum of its heads. The norm behind attention (Gemma 2) is divided among heads at the scale that it takes for all of them: one that moves moves the others' share."""
-    def __init__(self, model: TransformerBridge, task: Task, memory: int = MEMORY, ablation: str = "corrupted"):
+    def __init__(self, model: TransformerBridge, task: str | Task, memory: int = MEMORY, ablation: str = "corrupted"):
         self.graph, self.memory, self.ablation = model_graph(model), memory, check_choice("ablation", ablation, ABLATIONS)
         self.pairs = graph_pairs(model, self.graph, as_task(model, task), "denoise", memory)
         self.clean, self.corrupted, self.total = self.pairs.on_clean, self.pairs.on_corrupted, int(self.graph.allowed.sum())
@@ -318,8 +318,8 @@ class _State:
 @dataclass(eq=False)
 class _Ablated(_State):
     "The same where absent edges carry stand-ins, from which distances are taken: `apart`, what each sender writes in the corrupted run minus its stand-in; `rest`, the stream of stand-ins alone. Nobody is at rest: who reads nothing but stand-ins moves too."
-    apart: Float[Tensor, "sender pair pos d_model"] = None
-    rest: Mapping[tuple[str, int], Float[Tensor, "pair pos d_model"]] = None
+    apart: Float[Tensor, "sender pair pos d_model"] | Any = None
+    rest: Mapping[tuple[str, int], Float[Tensor, "pair pos d_model"]] | Any = None
 
     def base(self, component: str, layer: int) -> Float[Tensor, "pair pos ..."]:
         "An activation of the corrupted run, but the stream of the stand-ins."
@@ -465,7 +465,7 @@ def _read_gradients(pairs: Pairs, graph: Graph, prompts: Int[Tensor, "prompt"], 
     if not own["resid_post", last].isfinite().all(): raise InputError("metric", pairs.metric.name, "its gradient with respect to the logits is NaN or infinite")
     over_points = lambda gradient: gradient.unflatten(1, (len(points), len(prompts))).sum(1)
     for layer, group in itertools.groupby(enumerate(graph.receivers.values()), lambda found: [(part.component == "mlp_out", part.layer) for part in found[1]]):
-        readers, parts = zip(*[(reader, part) for reader, found in group for part in found or [None]])
+        readers, parts = zip(*[(reader, part) for reader, found in group for part in found or [None]])  # type: ignore[list-item]  # the logits are no part
         yield list(readers), over_points(own["resid_post", last][None] if parts[0] is None else _through_node(pairs, parts, own, seen))
 
 def _through_node(pairs: Pairs, parts: Sequence[Part], own: Mapping[tuple[str, int], Tensor], seen: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> Float[Tensor, "receiver row pos d_model"]:
@@ -475,7 +475,7 @@ def _through_node(pairs: Pairs, parts: Sequence[Part], own: Mapping[tuple[str, i
     if parts[0].component == "mlp_out":
         if mlp_reads(pairs) == "resid_mid": return (own["resid_mid", layer] - own[("resid_pre", layer + 1) if layer < last else ("resid_post", last)])[None]
         return torch.autograd.grad(seen["mlp_out", layer][1], seen["resid_pre", layer][1], own["mlp_out", layer], retain_graph=True)[0][None]
-    weights = {part: head_weights(pairs.replay, part, layer) for part in "qkv"}
+    weights: dict[str, Any] = {part: head_weights(pairs.replay, part, layer) for part in "qkv"}
     if None not in weights.values():                                                                                    # each head's alone, by its own slice of the projection, back through the norm
         stream = seen["resid_pre", layer][1].detach().expand(len(parts), -1, -1, -1).requires_grad_()
         back = torch.cat([torch.einsum("rphn,hwn->hrpw", own[part, layer], weight) for part, (weight, _) in weights.items()])
@@ -659,7 +659,7 @@ def _incompleteness(runner: Runner, mask: Bool[Tensor, "sender *receiver"], halv
 def _minimality(runner: Runner, mask: Bool[Tensor, "sender *receiver"], halves: Bool[Tensor, "subset sender *receiver"]) -> dict[tuple[str, str] | str, float]:
     "For each edge, or node, the largest change by its removal, from the circuit and from what subsets leave of it."
     import torch
-    found = {}
+    found: dict[Any, float] = {}
     for name, place in zip(runner.graph.names(mask), mask.nonzero().tolist()):
         before = torch.cat([mask[None], mask & ~halves])
         before[(slice(None), *place)] = True
@@ -726,7 +726,7 @@ def _thinned(runner: Runner, current: Bool[Tensor, "sender *receiver"], waiting:
     current, gap = current.clone(), abs((runner.clean - runner.corrupted).mean().item())
     while waiting:
         tried = torch.stack([current] * (1 + len(some := waiting[:ahead])))
-        for i, place in enumerate(some): tried[(slice(i + 1, None), *place)] = False
+        for i, place in enumerate(some): tried[(slice(i + 1, None), *place)] = False  # type: ignore[index]  # a slice and numbers
         added = (runner(tried) - runner.clean).abs().mean(1).diff() / gap
         stop = next((i for i, more in enumerate(added.tolist()) if more >= threshold), len(some))
         for place in some[:stop]: current[place] = False
@@ -794,9 +794,9 @@ def until_faithful(runner: Runner, scores: Scan, wanted: float = 0.9) -> list[tu
 @dataclass(eq=False)
 class _Scrubbed(_State):
     "One run of all prompts in which the message over edge (sender, receiver) to prompt p is that of prompt `donors[sender, receiver, p]`; `plain` holds each sender's output in the unscrubbed run, `named` the edges of the hypothesis."
-    plain: dict[str, Tensor] = None
-    donors: Tensor = None
-    named: Tensor = None
+    plain: dict[str, Tensor] | Any = None
+    donors: Tensor | Any = None
+    named: Tensor | Any = None
 
     def streams(self, component: str, layer: int, names: Sequence[str]) -> Float[Tensor, "one receiver prompt pos d_model"]:
         "What receivers read: the plain stream, each sender's part of it exchanged for its donor's."

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Mapping, Sequence
 
 from .core import InputError, as_path, cache_dir, check_choice, check_file, check_range, check_suffix, seed_for, sha256, write_text
 
@@ -207,7 +207,7 @@ def _place_names(places: Bool[np.ndarray, "row place"]) -> list[str]:
     return np.array(names)[places @ 2 ** np.arange(digits)].tolist()
 
 # %% ../nbs/03_data.ipynb #650ea8c9
-def _operand(argument: str, values: int | Sequence[int], low: int, high: int) -> Int[np.ndarray, "row"]:
+def _operand(argument: str, values: Any, low: int, high: int) -> Int[np.ndarray, "row"]:
     "`values` as an array, if each is an integer of `low` to `high - 1`; an `InputError` otherwise."
     import numpy as np
     array = np.atleast_1d(np.asarray(values))
@@ -215,7 +215,7 @@ def _operand(argument: str, values: int | Sequence[int], low: int, high: int) ->
     if (wrong := array[(array < low) | (array >= high)]).size: raise InputError(argument, int(wrong[0]), f"allowed: integers from {low} to {high - 1}")
     return array.astype(np.int64)
 
-def addition_problems(a: int | Sequence[int] | None = None, b: int | Sequence[int] | None = None, *, operation: str = "add", digits: int = 2) -> pd.DataFrame:
+def addition_problems(a: int | Sequence[int] | Int[np.ndarray, "row"] | None = None, b: int | Sequence[int] | Int[np.ndarray, "row"] | None = None, *, operation: str = "add", digits: int = 2) -> pd.DataFrame:
     """The problems of the operands `a` and `b`, of `digits` digits each (1 to 3), or all ordered pairs of such operands: `operation` (`add`, `subtract`, or `increment`, whose `b` is 1), `a`, `b`, `answer`,
     `carry` (the places that carry) and `passes` (those that would pass a carry on). `InputError` for operands out of range or of two lengths."""
     import numpy as np, pandas as pd
@@ -265,6 +265,7 @@ def split_problems(problems: pd.DataFrame, sizes: Mapping[str, int] = SPLITS, se
     """`problems` with the column `split`, less those that no split takes. `sizes` counts problems; both orders of a pair are in one split. In `validation`, `test` and `confirmation` carry patterns are equally frequent, as far as there are enough.
     `InputError` for an empty split, for sizes above the number of problems, or that pairs cannot fill."""
     sizes, seed = _split_sizes(sizes, len(_checked_problems(problems))), check_range("seed", seed, 0, 2**63)
+    found: list[str | None]
     operands, pairs, carry, found = problems[["a", "b"]].to_numpy(), {}, problems["carry"].tolist(), [None] * len(problems)
     for row, pair in enumerate(zip(operands.min(1).tolist(), operands.max(1).tolist())): pairs.setdefault(pair, []).append(row)
     free = [pairs[pair] for pair in sorted(pairs, key=lambda pair: seed_for("addition split", seed, *pair))]
@@ -369,7 +370,7 @@ def encode_problems(tokenizer: PreTrainedTokenizerFast, problems: pd.DataFrame, 
     width, places = max(map(len, prompts)), []
     for (ids, spans, n), problem in zip(found, zip(*(problems[name] for name in ("operation", "a", "b", "answer")))):
         token = {place: i + width - n for i, span in enumerate(spans) for place in range(*span)}
-        places.append({name: token[place] for name, place in _character_places(*problem, wording, reverse).items()})
+        places.append({name: token[place] for name, place in _character_places(*problem, wording, reverse).items()})  # type: ignore[call-arg]  # four of four
     names = list(dict.fromkeys(name for row in places for name in row))
     return EncodedProblems(pad_sequence(prompts, batch_first=True, padding_value=tokenizer.pad_token_id or 0, padding_side="left"),
                            pad_sequence([torch.ones_like(row) for row in prompts], batch_first=True, padding_side="left"), pad_sequence(answers, batch_first=True, padding_value=-100),

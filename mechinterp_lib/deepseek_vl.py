@@ -165,7 +165,7 @@ def lay_out(tiles: Float[Tensor, "tile place d_model"], tiles_wide: int, newline
     return torch.cat([views[0], separator[None], views[1]] if first == "head" else [views[1], separator[None], views[0]])
 
 # %% ../nbs/04_deepseek_vl.ipynb #5fccafc6
-def check_pictures(config: PretrainedConfig, ids: Int[Tensor, "batch pos"], images: Float[Tensor, "batch tile 3 height width"] | None, mask: Tensor | None, crop: Int[Tensor, "batch picture 2"] | None) -> list[list[tuple[int, int]]]:
+def check_pictures(config: PretrainedConfig, ids: Int[Tensor, "batch pos"], images: Float[Tensor, "batch tile 3 height width"] | None, mask: Tensor | Any, crop: Int[Tensor, "batch picture 2"] | Any) -> list[list[tuple[int, int]]]:
     "Each row's pictures as (tiles wide, tiles high), none where there are no images or `crop` is all 0; an `InputError` where images, mask, crop and tokens do not fit together."
     said = {"images_seq_mask": mask, "images_spatial_crop": crop}
     if images is None or (crop is not None and not crop.any()):
@@ -185,7 +185,7 @@ def check_pictures(config: PretrainedConfig, ids: Int[Tensor, "batch pos"], imag
     return rows
 
 # %% ../nbs/04_deepseek_vl.ipynb #00aeb6e7
-def route(logits: Float[Tensor, "pos expert"], config: PretrainedConfig, correction: Float[Tensor, "expert"] | None = None) -> tuple[Float[Tensor, "pos k"], Int[Tensor, "pos k"]]:
+def route(logits: Float[Tensor, "pos expert"], config: PretrainedConfig, correction: Float[Tensor, "expert"] | Any = None) -> tuple[Float[Tensor, "pos k"], Int[Tensor, "pos k"]]:
     "The weights of the experts that each position is sent to, and which they are."
     import torch
     scores = logits.softmax(-1) if config.scoring_func == "softmax" else logits.sigmoid()
@@ -399,7 +399,7 @@ def vl2_adapter() -> type:
             self._extract_vision_dims(self.cfg)
             self._reprefix_components("model.", "language.model.")
             self._reprefix_components("lm_head", "language.lm_head")
-            self.component_mapping = {"vision_encoder": tower_bridge("vision", self.cfg, _TIMM), "vision_projector": parts.VisionProjectionBridge(name="projector"), **self.component_mapping}
+            self.component_mapping = {"vision_encoder": tower_bridge("vision", self.cfg, _TIMM), "vision_projector": parts.VisionProjectionBridge(name="projector"), **self.component_mapping}  # type: ignore[has-type]
         def prepare_model(self, hf_model: nn.Module):
             super().prepare_model(hf_model)
             for config in (hf_model.config, hf_model.config.language_config): config._attn_implementation = "eager"     # any other leaves out the mask

@@ -9,7 +9,7 @@ import contextlib, copy, inspect, math, sys, warnings, weakref
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Collection, Iterable, Iterator, Mapping, Sequence
 
 from .core import InputError, check_choice, check_range
 from .data import encode
@@ -139,7 +139,7 @@ class _Enough(Exception):
     "Raised inside a forward pass, or a block, when what is asked of it is known."
 
 def capture(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], names: Iterable[str],
-            attention_mask: Int[Tensor, "batch pos"] | None = None, stop: bool = False, **inputs) -> tuple[Float[Tensor, "batch pos d_vocab"] | None, dict[str, Tensor]]:
+            attention_mask: Int[Tensor, "batch pos"] | None = None, stop: bool = False, **inputs) -> tuple[Float[Tensor, "batch pos d_vocab"] | Any, dict[str, Tensor]]:
     "The logits (undefined where there is padding), and copies of the named activations, of one forward pass without gradients; with `stop` it ends once all have been seen, and there are no logits (None). `inputs`: what else the model reads, such as `pixel_values`."
     import torch
     tokens, attention_mask = check_tokens(model, tokens, attention_mask)
@@ -193,7 +193,7 @@ def _hooks_for(model: TransformerBridge, name: str, new: Any) -> list[tuple[str,
     base, before = name.removesuffix("hook_resid_mid"), []
     def read(value, hook): before[:] = [value]
     def write_mid(value, hook): return _checked(new, before[0] + value, name) - before[0]
-    read.last = write_mid.last = True
+    read.last = write_mid.last = True  # type: ignore[attr-defined]  # a function takes any mark
     return [(base + "hook_resid_pre", read), (base + "hook_attn_out", write_mid)]
 
 # %% ../nbs/06_interventions.ipynb #16be6863
@@ -251,14 +251,14 @@ def _native_patterns(model: TransformerBridge, new: Mapping[str, Any]) -> Iterat
             earlier = getattr(vars(module).get("forward"), "on_pattern", lambda pattern: pattern)
             def on_pattern(pattern, value=value, name=name, earlier=earlier): return _checked(value, earlier(pattern), name)
             def attend(q, k, v, mask, *rest, on_pattern=on_pattern): return _attend(q, k, v, mask(), *rest, on_pattern=on_pattern)
-            forward = partial(_native_attention, module, attend)
+            forward: Any = partial(_native_attention, module, attend)
             forward.on_pattern = on_pattern
             stack.enter_context(_forward_as(module, forward))
         yield
 
 # %% ../nbs/06_interventions.ipynb #46c1711f
 @contextlib.contextmanager
-def replaced(model: TransformerBridge, replacements: Mapping[str, Tensor | Callable[[Tensor], Tensor]]) -> Iterator[TransformerBridge]:
+def replaced(model: TransformerBridge, replacements: Mapping[str, Tensor | Callable[..., Tensor]]) -> Iterator[TransformerBridge]:
     "Inside the block, each named activation is the given tensor, or the given function of itself. No hook stays, also after an exception or Ctrl-C."
     check_names(model, "replacements", replacements)
     native = {name: new for name, new in replacements.items() if name.endswith("attn.hook_pattern")} if _is_native(model) else {}
@@ -313,7 +313,7 @@ def _checked_edit(edit: Edit, n_rows: int, n_layers: int, shapes: Mapping[str, S
     shape = list(shapes[edit.component])
     if edit.head is not None and edit.component in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
         raise InputError("head", f"given for {edit.component}", "this component has no heads; leave head out")
-    index = {"rows": (place := _check_index(edit, "rows", n_rows))}
+    index: dict[str, Any] = {"rows": (place := _check_index(edit, "rows", n_rows))}
     for axis, name in enumerate(("position", "head")):
         if getattr(edit, name) is None: continue
         index[name] = _check_index(edit, name, shape[axis])
@@ -427,7 +427,7 @@ def _places(model: TransformerBridge, layer: int, made: Mapping[int, nn.Module])
         owner = block
         for part in path: owner = getattr(owner, part)
         heads = {"z": (model.cfg.n_heads, -1), "q": (-1, model.cfg.d_head), "k": (-1, model.cfg.d_head), "v": (-1, model.cfg.d_head)}.get(component)
-        split = (lambda x, heads=heads: x.unflatten(-1, heads)) if heads else (lambda x: x)
+        split: Any = (lambda x, heads=heads: x.unflatten(-1, heads)) if heads else (lambda x: x)
         module = made.get(id(owner.original_component))
         if module is None and component in ("q", "k", "v") and hasattr(block.attn, "qkv"):
             module = made.get(id(block.attn.qkv.original_component))
@@ -444,10 +444,10 @@ class _Layer:
     places: dict[str, _Place]
     signature: inspect.Signature
     arguments: dict[str, Any] = field(default_factory=dict)
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    mask: Tensor | None = None
-    z: Tensor | None = None
+    keys: Tensor | Any = None
+    values: Tensor | Any = None
+    mask: Tensor | Any = None
+    z: Tensor | Any = None
     frame: _Frame | None = None
     on_pattern: Callable | None = None
 
@@ -492,7 +492,7 @@ def _give_attention(attn: nn.Module, native: bool) -> None:
     for module in attn.modules():
         if hasattr(module, "config"):
             module.config = copy.copy(module.config)
-            module.config._attn_implementation = _REPLAY
+            module.config._attn_implementation = _REPLAY  # type: ignore[union-attr]  # no tensor
 
 # %% ../nbs/06_interventions.ipynb #b930a903
 def _gelu(x: Tensor) -> Tensor:
@@ -648,10 +648,10 @@ class _Group:
     real: np.ndarray | None
     stop: int
     kind: int
-    tokens: slice | None = None                                                 # where they are packed in the frame
+    tokens: slice | Any = None                                                 # where they are packed in the frame
     cells: tuple[Tensor, Tensor] | None = None                                  # row and slot of each packed token (None: all slots in order)
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    keys: Tensor | Any = None
+    values: Tensor | Any = None
 
     def of(self, kept: Float[Tensor, "batch ..."]) -> Float[Tensor, "row ..."]:
         "What the first run kept, for each row; rows of one prompt share it."
@@ -756,6 +756,7 @@ def _writes(edits: Sequence[Edit], local: np.ndarray, where: np.ndarray, device)
     "For each edited component, the packed tokens to write to; `local` maps rows to the chunk's (-1: not in it)."
     import numpy as np, torch
     found: dict[str, list[_Write]] = {}
+    value: tuple[np.ndarray, ...]
     for edit in edits:
         row = local[edit.rows.numpy()]
         if edit.position is None:
@@ -790,7 +791,7 @@ def _note(seen: list[Tensor], activation: Float[Tensor, "one token ..."]) -> Non
     raise _Enough
 
 def _run_block(layer: _Layer, frame: _Frame, hidden: Float[Tensor, "token d_model"], writes: Mapping[str, list[_Write]], batch: int,
-               keys_only: bool = False, watch: _Place | None = None) -> Float[Tensor, "token ..."] | None:
+               keys_only: bool = False, watch: _Place | None = None) -> Float[Tensor, "token ..."] | Any:
     "A block's output, or the activation at `watch`, at packed positions with the writes in place; with `keys_only`, keys and values are left in the frame's groups."
     seen, handles = [], []
     arguments = {name: _picked(value, frame, batch) for name, value in layer.arguments.items()}
@@ -862,6 +863,13 @@ class Replay:
     """The first run of some prompts, from which edited runs are resumed. `keep`: components whose activations are wanted as `kept[component][layer]` (position
     first). `memory`: bytes that a chunk of rows may take, roughly. `exact` is False where the model's blocks cannot be replayed, for the `reason` given; `run` then takes whole forward
     passes. Logits and activations at padding are undefined. The answers are for the model as it is now: once its weights have changed, or hooks have been set on it, another is needed."""
+    reason: str | None
+    logits: Float[Tensor, "batch pos d_vocab"] | Any
+    kept: dict[str, list[Tensor]]; shapes: dict[str, tuple[int, ...]]
+    resid: list[Float[Tensor, "batch pos d_model"]]; call: tuple[tuple, dict[str, Any]]
+    twin: _Twin; layers: list[_Layer]; known: _Known | Any
+    run: ClassVar[Callable[..., Tensor]]; activation: ClassVar[Callable[..., Tensor]]
+
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
                  keep: Iterable[str] = (), memory: int = MEMORY):
         self.modules = check_model(model)
@@ -888,14 +896,15 @@ class Replay:
             self.reason, self.shapes = f"{type(error).__name__}: {error}", {}
             warnings.warn(f"the blocks of this model cannot be replayed exactly ({self.reason}); each row takes a whole forward pass", stacklevel=_outside())
 
+# %% ../nbs/06_interventions.ipynb #f63e4d4a
 def _outside() -> int:
     "The `stacklevel` of a warning that is to point at the user's line, the first one outside this library."
+    frame: Any
     frame, level, ours = sys._getframe(1), 1, __name__.partition(".")[0]
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == ours: frame, level = frame.f_back, level + 1
     return level
 
-# %% ../nbs/06_interventions.ipynb #f63e4d4a
-def _run_bridge(replay: Replay, components: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+def _run_bridge(replay: Replay, components: Sequence[str]) -> tuple[Tensor, dict[str, list[Tensor | Any]]]:
     "One forward pass of the bridge: logits, the named components by layer, and (in `replay.call`) what it called the model with."
     having = {c: [layer for layer in range(replay.n_layers) if c in COMPONENTS and _has(replay.model, c, layer)] or [0] for c in components}   # layers of experts have no neurons; where no layer has it, layer 0 says so
     names = {(c, layer): hook_name(replay.model, c, layer) for c, layers in having.items() for layer in layers}
@@ -1067,12 +1076,12 @@ class _Chunk:
         return _writes(inside, self.local, where, self.scan.replay.tokens.device)
 
 # %% ../nbs/06_interventions.ipynb #a79c3c15
-def _index(replay: Replay, array: np.ndarray) -> Tensor:
+def _index(replay: Replay, array: np.ndarray | Any) -> Tensor:
     "A numpy index as a tensor where the model is."
     import torch
     return torch.from_numpy(array).to(replay.tokens.device)
 
-def _enter(chunk: _Chunk, layer: int, below: tuple[Tensor, np.ndarray] | None) -> tuple[_Frame, Tensor | None]:
+def _enter(chunk: _Chunk, layer: int, below: tuple[Tensor, np.ndarray] | None) -> tuple[_Frame, Tensor | Any]:
     "The frame of a layer, and the streams with which it enters, edits in place; `below` holds the packed streams of the layer below and where they are."
     replay = chunk.scan.replay
     frame = chunk.frame(_groups(chunk.scan.plan, layer, chunk.rows, chunk.prompts, replay.n_pos))
@@ -1098,12 +1107,12 @@ def _write_streams(chunk: _Chunk, hidden: Tensor, layer: int, where: np.ndarray)
     return writes
 
 # %% ../nbs/06_interventions.ipynb #be7cdf79
-def _up(chunk: _Chunk, layer: int, frame: _Frame, hidden: Tensor, keys_only: bool = False, watch: _Place | None = None) -> Tensor | None:
+def _up(chunk: _Chunk, layer: int, frame: _Frame, hidden: Tensor, keys_only: bool = False, watch: _Place | None = None) -> Tensor | Any:
     "One block on a frame, edits in place: its output, or the activation at `watch`."
     replay = chunk.scan.replay
     return _run_block(replay.layers[layer], frame, hidden, chunk.writes(frame.where, (None, layer)), replay.batch, keys_only, watch)
 
-def _climb(chunk: _Chunk, n_layers: int) -> tuple[Tensor, np.ndarray] | None:
+def _climb(chunk: _Chunk, n_layers: int) -> tuple[Tensor, np.ndarray] | Any:
     "The packed streams after the first blocks, and where they are; None if no row has started."
     below = None
     for layer in range(n_layers):
@@ -1161,7 +1170,7 @@ def _logits(replay: Replay, prompts: np.ndarray, read: np.ndarray, stream: Tenso
     return logits
 
 # %% ../nbs/06_interventions.ipynb #0a16cad2
-def check_read(read: int | Sequence[int] | Int[Tensor, "..."] | None, batch: int, n_pos: int) -> np.ndarray:
+def check_read(read: int | Sequence[int] | Int[Tensor, "..."] | Int[np.ndarray, "..."] | None, batch: int, n_pos: int) -> np.ndarray:
     "The positions at which logits are read, `[batch, read]`, in the order given: all for None; one list for all prompts, or one for each; -1 is the last."
     import numpy as np
     array = np.arange(n_pos) if read is None else np.atleast_1d(np.asarray(read))
@@ -1221,13 +1230,14 @@ def _checked_result(result: Any, rows: np.ndarray) -> Tensor:
     return result
 
 # %% ../nbs/06_interventions.ipynb #ef487c83
-def _run(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None = None, read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
+def _run(replay: Replay, edits: Iterable[Edit], prompts: Int[Tensor, "row"] | None = None, read: int | Sequence[int] | Int[Tensor, "..."] | Int[np.ndarray, "..."] | None = None,
          vocab: Int[Tensor, "chosen"] | None = None,
          reduce: Callable[[Float[Tensor, "row read chosen"], Int[Tensor, "row"]], Tensor] | None = None) -> Float[Tensor, "row ..."]:
     """The logits `[row, read, chosen]` of each row, of all tokens or of those in `vocab`, or what `reduce(logits, rows)` makes of a chunk of them; `prompts[row]`
     says which prompt a row is a run of (the first by default). Logits at padding are undefined. `InputError` for an edit that does not fit the model, weights that have changed
     since the first run, or a `reduce` that does not return one number or tensor a row, or returns NaN."""
     import torch
+    results: Any
     read, results = check_read(read, replay.batch, replay.n_pos), None
     edits, prompts = _ready(replay, edits, prompts)
     if vocab is not None: vocab = _checked_vocab(replay, vocab)
@@ -1249,6 +1259,7 @@ def _stream(replay: Replay, edits, prompts, read, vocab) -> Iterator[tuple[np.nd
             yield np.array([row]), logits[_index(replay, read[int(prompts[row])])][None, :, slice(None) if vocab is None else vocab]
         return
     scan = _Scan(replay, edits, prompts.numpy(), _plan(edits, len(prompts), replay.n_layers, replay.n_pos))
+    waiting: list[tuple[np.ndarray, Tensor, np.ndarray]]
     row_bytes, waiting = 2 * replay.logits.element_size() * read.shape[1] * (replay.logits.shape[-1] if vocab is None else len(vocab)), []
     for chunk in _chunks(scan):
         if waiting and (sum(len(w[0]) for w in waiting) + len(chunk.rows)) * row_bytes > replay.memory // 2:
@@ -1359,6 +1370,7 @@ def heads_alone(replay: Replay, layer: int, prompts: Sequence[int] | None = None
 def head_weights(replay: Replay, part: str, layer: int) -> tuple[Float[Tensor, "head wide narrow"], Float[Tensor, "..."]] | None:
     "Weights and biases with which a layer's heads make queries, keys or values (`q`, `k`, `v`) of the normed stream, or write what they found (`o`); None where the first run, of which these and `resid_pre`, or `z` and `attn_out`, are kept, does not follow from them."
     import torch
+    weight: Any
     block, mark = replay.model.blocks[layer], f"W_{part.upper()} of layer {layer}"
     try: weight, bias = (getattr(block.attn, f"{kind}_{part.upper()}", None) for kind in "Wb")
     except NotImplementedError: return None                                                     # quantised weights cannot be read
@@ -1397,7 +1409,7 @@ def head_changes(replay: Replay, layer: int, z: Float[Tensor, "row pos head d_he
     return less(written(z), None if before is None else written(before))
 
 # %% ../nbs/06_interventions.ipynb #52102301
-def differentiable_run(replay: Replay, stream: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, "row"], places: Sequence[tuple[str, int]], read: int | Sequence[int] | Int[Tensor, "..."] | None = None,
+def differentiable_run(replay: Replay, stream: Float[Tensor, "row pos d_model"], prompts: Int[Tensor, "row"], places: Sequence[tuple[str, int]], read: int | Sequence[int] | Int[Tensor, "..."] | Int[np.ndarray, "..."] | None = None,
                        vocab: Int[Tensor, "chosen"] | None = None) -> tuple[Float[Tensor, "row read chosen"], dict[tuple[str, int], tuple[Tensor, Tensor]]]:
     """Whole runs with gradients, from `stream` before layer 0 on: the logits as `Replay.run` gives them, and for each of `places`, a component and a layer, a zero that was added there and the activation behind it (position first). The
     gradient with respect to the zero is that of the activation; the activation itself can be differentiated (by `resid_pre` of its layer, say), and the logits by it for `resid_pre` and `resid_post` alone. Memory as for a training step. `pattern` is not offered. `InputError` for a stream that does not

@@ -79,8 +79,10 @@ def readable(model: TransformerBridge, questions: Sequence[Question]) -> tuple[l
 def read_answers(model: TransformerBridge, questions: Sequence[Question], mode: str = "norm", tuned: TunedLens | None = None) -> pd.DataFrame:
     "A row for each question and layer: the layer's depth, what the lens gives the answer (`probability`, `rank`, 0 the first), by how much its logit exceeds the wrong one's (`logit_diff`, nats; NaN where there is none), how far it is from the model's own prediction (`kl`, nats) and its best token (`top`)."
     import pandas as pd
+    layers: list[Any]
     layers, rows = ["embed", *sample_layers(model.cfg.n_layers)], []
     for number, question in enumerate(questions):
+        right: Any; wrong: Any
         lens = logit_lens(model, question.prompt, layers=layers, mode=mode, tuned=tuned)
         right, wrong = (answer and answer_token(model, question.prompt, answer) for answer in (question.answer, question.wrong))
         for layer in layers:
@@ -136,7 +138,7 @@ def contributions(model: TransformerBridge, questions: Sequence[Question]) -> pd
     import pandas as pd
     rows = []
     for number, question in enumerate(questions) if not logit_cap(model) else ():
-        tokens = [answer and answer_token(model, question.prompt, answer) for answer in (question.answer, question.wrong)]
+        tokens: list[Any] = [answer and answer_token(model, question.prompt, answer) for answer in (question.answer, question.wrong)]
         parts = direct_logit_attribution(model, question.prompt, *tokens)
         for layer in range(model.cfg.n_layers):
             own = parts[parts.component.str.match(rf"(layer_{layer}_|L{layer}H)")]
@@ -187,7 +189,7 @@ def write_report(models: Mapping[str, TransformerBridge | Callable[[], Transform
     out = check_folder("out", out)
     tables, unread = reports(models, questions, mode, tuned)
     by_depth = over_questions(tables["answers"], ["model", "depth"], ["probability", "logit_diff", "rank", "kl"])
-    figures = {name: line_plot(by_depth[by_depth.measure == name].fillna({"low": by_depth.value, "high": by_depth.value}), "depth", "value", low="low", high="high", colour="model" if len(models) > 1 else None, x_label="depth", y_label=label, markers=True) for name, label in (("probability", "probability of the answer"), ("kl", "KL from the model's own prediction, nats"))}
+    figures: dict[str, Any] = {name: line_plot(by_depth[by_depth.measure == name].fillna({"low": by_depth.value, "high": by_depth.value}), "depth", "value", low="low", high="high", colour="model" if len(models) > 1 else None, x_label="depth", y_label=label, markers=True) for name, label in (("probability", "probability of the answer"), ("kl", "KL from the model's own prediction, nats"))}
     text = _report_text(tables, by_depth, unread, mode)
     write_files({out / "report.md": text, **{out / f"{name}.svg": figure._repr_svg_() for name, figure in figures.items()},
                  **{out / f"{name}.csv": table.to_csv(index=False, float_format="%.6f") for name, table in (tables | {"by_depth": by_depth}).items()}})

@@ -9,7 +9,7 @@ import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterable, Mapping, Sequence
 
 from .activation_patching import answer_ids, has_component
 from .core import InputError, as_path, atomic_path, check_choice, check_range, check_suffix, generator, model_folder
@@ -53,14 +53,14 @@ def sample_layers(n_layers: int) -> list[int]:
 
 def depth(model: TransformerBridge, layer: Layer) -> float:
     "How far up a layer is: 0 for the embedding, 1 for the last."
-    return 0.0 if layer == "embed" else (layer + 1) / model.cfg.n_layers
+    return 0.0 if layer == "embed" else (layer + 1) / model.cfg.n_layers  # type: ignore[operator]  # no other text
 
 def stream_name(model: TransformerBridge, layer: Layer) -> str:
     "The hook of a layer's stream."
-    return hook_name(model, "resid_pre", 0) if layer == "embed" else hook_name(model, "resid_post", layer)
+    return hook_name(model, "resid_pre", 0) if layer == "embed" else hook_name(model, "resid_post", layer)  # type: ignore[arg-type]  # no other text
 
 # %% ../nbs/09_logit_lens.ipynb #698c433b
-def stream_decoder(model: TransformerBridge, mode: str = "norm", norm: str = "final", tuned: TunedLens | None = None) -> Callable[[Float[Tensor, "... d_model"], Layer], Float[Tensor, "... d_vocab"]]:
+def stream_decoder(model: TransformerBridge, mode: str = "norm", norm: str = "final", tuned: TunedLens | Any = None) -> Callable[[Float[Tensor, "... d_model"], Layer], Float[Tensor, "... d_vocab"]]:
     "The function from a layer's stream to logits. `InputError` for an unknown mode, a norm with another mode than `norm`, or a tuned lens of another model."
     check_model(model), check_choice("mode", mode, MODES), check_choice("norm", norm, NORMS)
     if norm == "next": _check_next(model, mode)
@@ -71,7 +71,7 @@ def stream_decoder(model: TransformerBridge, mode: str = "norm", norm: str = "fi
         "Logits of one layer."
         if mode == "tuned" and layer != last: stream = tuned(stream, layer)
         if layer == last or (mode != "raw" and norm == "final"): stream = model.ln_final(stream)
-        elif mode != "raw": stream = model.blocks[0 if layer == "embed" else layer + 1].ln1(stream)
+        elif mode != "raw": stream = model.blocks[0 if layer == "embed" else layer + 1].ln1(stream)  # type: ignore[operator]  # no other text
         logits = model.unembed(stream)
         return cap * (logits / cap).tanh() if cap else logits
     return decode
@@ -102,6 +102,7 @@ class Lens:
     logits: Float[Tensor, "batch read d_vocab"]
     decode: Callable
     top_k: int
+    top: ClassVar[Callable[..., pd.DataFrame]]; summary: ClassVar[Callable[..., pd.DataFrame]]; of: ClassVar[Callable[..., pd.DataFrame]]
 
     def __repr__(self) -> str:
         what = f"Lens ({self.mode}) of {len(self.layers)} layers at {len(self.positions)} position{'s' * (len(self.positions) > 1)} of {len(self.tokens)} prompt{'s' * (len(self.tokens) > 1)}"
@@ -207,10 +208,10 @@ def measure_convergence(result: Lens | TransformerBridge, inputs: Inputs | None 
     """`layer`: the first of the layers read from which on the final best token stays on top (None: of those read, none); `above`: the first at which its probability exceeds `threshold`, or None; `depth` of `layer`; `token`, `prompt` and `pos`. Lists where several prompts or positions are read, in the order of `Lens.top`.
     Takes a `Lens`, or a model and inputs with the options of `logit_lens`. `InputError` for both, or a threshold that is no probability below 1."""
     if isinstance(result, Lens):
-        if isinstance(inputs, (int, float)): inputs, threshold = None, inputs
+        if isinstance(inputs, (int, float)): inputs, threshold = None, inputs  # type: ignore[assignment]  # a number
         if inputs is not None or options: raise InputError("inputs", inputs if inputs is not None else list(options), "a Lens has been read already: nothing but a threshold goes with it")
     if not isinstance(threshold, (int, float)) or not 0 <= threshold < 1: raise InputError("threshold", threshold, "allowed: 0 up to, not including, 1")
-    lens = result if isinstance(result, Lens) else logit_lens(result, inputs, **options)
+    lens = result if isinstance(result, Lens) else logit_lens(result, inputs, **options)  # type: ignore[arg-type]  # which says what it lacks
     best, tops, probabilities = lens.final.argmax(-1), [], []
     for layer in lens.layers:
         said = lens.log_probabilities(layer)
@@ -219,7 +220,7 @@ def measure_convergence(result: Lens | TransformerBridge, inputs: Inputs | None 
     names, found = token_names(lens.model, best), []
     for row, i, pos in _places(lens):
         stays = [all(bool(top[row, i]) for top in tops[k:]) for k in range(len(tops))]
-        layer = next((layer for layer, stay in zip(lens.layers, stays) if stay), None)
+        layer = next((layer for layer, stay in zip(lens.layers, stays) if stay), None)  # type: ignore[assignment]  # of those above
         above = next((layer for layer, p in zip(lens.layers, probabilities) if p[row, i] > threshold), None)
         found.append({"layer": layer, "above": above, "depth": None if layer is None else depth(lens.model, layer), "token": names[row][i], "prompt": row, "pos": pos})
     return found[0] if lens.streams[0, :, :, 0].numel() == 1 else {name: [each[name] for each in found] for name in found[0]}
@@ -319,7 +320,7 @@ def lens_statistics(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], 
     decode, layers = stream_decoder(model, mode, norm, tuned), check_layers(model, layers)
     tokens, _ = check_tokens(model, tokens)
     if tokens.shape[1] < 2: raise InputError("tokens", tuple(tokens.shape), "at least 2 positions are needed for a prediction")
-    found: dict[str, list[list]] = {}
+    found: dict[str, list[Float[np.ndarray, "layer batch"]]] = {}
     for rows in tokens.split(check_range("chunk", chunk, 1, 2**31)):
         logits, seen = capture(model, rows, {stream_name(model, layer) for layer in [*layers, model.cfg.n_layers - 1]})
         _check_last(model, decode, seen[stream_name(model, model.cfg.n_layers - 1)][:, -1:], logits[:, -1:])

@@ -16,7 +16,7 @@ from .data import encode
 from .deepseek_vl import own_class, register_adapter
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd, torch
     from jaxtyping import Float, Int
     from tokenizers import Tokenizer
     from torch import Tensor, nn
@@ -260,7 +260,7 @@ def _left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
     "Bytes that a container may still take, cached files that can be dropped among them; much where there is no limit."
     try:
         limit, used, stat = ((folder / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
-        return int(limit) - int(used) + int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])
+        return int(limit) - int(used) + int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])  # type: ignore[index]  # the error is caught
     except (OSError, ValueError, TypeError): return 2**60                     # not there, or "max"
 
 def _placed(device: str, device_map: str | Mapping | None) -> list[str]:
@@ -288,7 +288,7 @@ def _load_hf(folder: Path, class_name: str, dtype, device_map: str | Mapping | N
         raise InputError("path", str(folder / "config.json"), f"its class {class_name!r} is none of transformers'")
     try:
         with _quiet_transformers():
-            module, info = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager", use_safetensors=True,
+            module, info = model_class.from_pretrained(folder, dtype=dtype, attn_implementation="eager", use_safetensors=True,  # type: ignore[attr-defined]  # one of transformers'
                                                        local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **({} if device_map is None else {"device_map": device_map}))
     except InputError: raise
     except Exception as error: raise InputError("path", str(folder), f"transformers cannot load it: {_first_line(error)}") from error
@@ -371,7 +371,7 @@ def _load_tokenizer(path: Path, config: Mapping) -> PreTrainedTokenizerFast | No
     "The tokenizer of a folder, None where there is none: what its `tokenizer_config.json` describes, or its `tokenizer.json` with the begin and end tokens that the model's configuration names."
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    ids = {"bos_token": config.get("bos_token_id"), "eos_token": config.get("eos_token_id")}
+    ids: dict[str, Any] = {"bos_token": config.get("bos_token_id"), "eos_token": config.get("eos_token_id")}
     if (said := path.with_name("tokenizer_config.json")).is_file():
         kind = PreTrainedTokenizerFast if path.is_file() else AutoTokenizer                    # the class of a family may add tokens of its own
         try:

@@ -31,7 +31,7 @@ _STYLES = ("-", "--", ":", "-.")
 WIDTH = 5.6  # inches
 
 # %% ../nbs/02_plots.ipynb #7c89ba91
-_RC = {"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "grid.color": GREY,
+_RC: Any = {"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "grid.color": GREY,
        "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False,
        "axes.grid": False, "grid.alpha": 0.25, "grid.linewidth": 0.6, "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 10,
        "axes.labelsize": 10, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.6, "xtick.labelsize": 9, "ytick.labelsize": 9,
@@ -78,7 +78,7 @@ def save_figure(figure: Figure | go.Figure | HtmlFigure, path: str | Path) -> Pa
     "Write a figure to `path`, whole or not at all: a still one as .svg or .png, one of plotly or an `HtmlFigure` as .html, which opens with no network. `InputError` for another suffix."
     still = hasattr(figure, "savefig")
     kind = check_suffix("path", path, PICTURES[1:] if still else PICTURES[:1])
-    content = _draw(figure, kind[1:]) if still else figure.to_html().encode()
+    content = _draw(figure, kind[1:]) if still else figure.to_html().encode()  # type: ignore[union-attr, arg-type]  # told apart by what they can do
     with atomic_path(path) as temporary: temporary.write_bytes(content)
     return Path(path)
 

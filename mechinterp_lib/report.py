@@ -44,7 +44,7 @@ def fingerprint(name: str, stage: str) -> str:
 
 def confirmed(name: str, stage: str) -> bool:
     "Whether the stored numbers have been made again with the code and the files that are here, and came out the same."
-    again = verified().get(name, {}).get(stage)
+    again: Any = verified().get(name, {}).get(stage)
     return bool(again) and not again["differences"] and again["fingerprint"] == fingerprint(name, stage)
 
 def outdated(name: str, stage: str) -> list[str]:

@@ -195,7 +195,7 @@ def new_sae(architecture: str, d_in: int, d_sae: int, k: float, l1: float, steps
     _sae_lens()
     from sae_lens.registry import get_sae_training_class
     made, config = get_sae_training_class(check_choice("architecture", architecture, ARCHITECTURES))
-    own = {"topk": {"k": k}, "batchtopk": {"k": k, "topk_threshold_lr": min(1.0, max(0.01, 10 / steps))}, "standard": {"l1_coefficient": l1, "l1_warm_up_steps": steps // 10},
+    own: Any = {"topk": {"k": k}, "batchtopk": {"k": k, "topk_threshold_lr": min(1.0, max(0.01, 10 / steps))}, "standard": {"l1_coefficient": l1, "l1_warm_up_steps": steps // 10},
            "jumprelu": {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": k}}[architecture]
     with seeded("sae", seed): return made(config(d_in=d_in, d_sae=d_sae, device=device, normalize_activations="expected_average_only_in", **own))
 
@@ -234,17 +234,17 @@ def _logged(project: str | None) -> contextlib.AbstractContextManager:
     import wandb
     return wandb.init(project=project)
 
-def _checked_settings(first: Float[Tensor, "batch d_in"], architecture: str, d_sae: int | None, k: float, n_samples: int, lr: float | None, l1: float, seed: int, device: str, autocast: bool | None) -> dict[str, Any]:
+def _checked_settings(first: Float[Tensor, "batch d_in"], architecture: str, d_sae: int | None, k: float | Any, n_samples: int, lr: float | None, l1: float, seed: int, device: str, autocast: bool | None) -> dict[str, Any]:
     "What decides the outcome of a training, checked."
     batch, d_in = check_finite(first).shape
     d_sae = 8 * d_in if d_sae is None else int(check_range("d_sae", d_sae, 1, 2**31))
     check_choice("architecture", architecture, ARCHITECTURES)
-    k = None if architecture == "standard" else int(check_range("k", k, 1, d_sae + 1)) if architecture == "topk" else check_number("k", k, 0, d_sae)
+    k = None if architecture == "standard" else int(check_range("k", k, 1, d_sae + 1)) if architecture == "topk" else check_number("k", k, 0, d_sae)  # type: ignore[arg-type]  # which is checked
     return {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, "k": k, "n_samples": int(n_samples if n_samples >= batch else check_range("n_samples, at least one batch", n_samples, batch, 2**62)), "batch_size": batch, "lr": 2e-4 * math.sqrt(2**14 / d_sae) if lr is None else check_number("lr", lr, 0), "l1": check_number("l1", l1, 0), "seed": int(seed), "device": device,
             "autocast": mixed_precision(device) if autocast is None else bool(autocast)}
 
 # %% ../nbs/12_sae.ipynb #45ee9cc3
-def _trainer(settings: Mapping[str, Any], stream: Iterator[Float[Tensor, "batch d_in"]], state: Path, metadata: Mapping[str, Any], keeps: bool, project: str | None = None) -> Any:
+def _trainer(settings: Mapping[str, Any], stream: Iterator[Float[Tensor, "batch d_in"]], state: Path, metadata: dict[str, Any], keeps: bool, project: str | None = None) -> Any:
     "sae-lens's trainer, at the beginning, or where `state` left off; with `keeps`, it writes a state there twenty times on its way."
     import torch
     from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -252,7 +252,7 @@ def _trainer(settings: Mapping[str, Any], stream: Iterator[Float[Tensor, "batch 
     size, device = settings["batch_size"], settings["device"]
     start, steps, record = _samples_done(state), settings["n_samples"] // size, {"settings": dict(settings), "metadata": dict(metadata)}
     if start: _check_same(state, record)
-    sae = new_sae(*(settings[name] for name in ("architecture", "d_in", "d_sae", "k", "l1")), steps, settings["seed"], device)
+    sae = new_sae(*(settings[name] for name in ("architecture", "d_in", "d_sae", "k", "l1")), steps, settings["seed"], device)  # type: ignore[call-arg]  # five of five
     for name, value in (metadata | {"settings": dict(settings)}).items(): sae.cfg.metadata[name] = value
     if str(metadata.get("hook_name")).endswith("hook_z"): sae.cfg.reshape_activations = "hook_z"   # once trained it reads heads one by one, as sae-lens has it
     some = [] if start else list(itertools.islice(stream, max(1, min(steps, 2**15 // size))))
@@ -361,7 +361,7 @@ def evaluate_sae(sae: SAE, model: TransformerBridge, data: str | Int[Tensor, "ro
         logits, seen = capture(model, tokens, [hook_name])
         acts, decoded = encoded(sae, value := seen[hook_name])
         found.count(acts[:, skip:])
-        found.note(l0=(acts[:, skip:] != 0).sum(-1).float().mean(1), ce_model=_said(logits, logits, tokens, skip)[0], **_fit_of(*(part[:, skip:].flatten(2).cpu().double() for part in (value, decoded)), mean.flatten().cpu().double()))
+        found.note(l0=(acts[:, skip:] != 0).sum(-1).float().mean(1), ce_model=_said(logits, logits, tokens, skip)[0], **_fit_of(*(part[:, skip:].flatten(2).cpu().double() for part in (value, decoded)), mean.flatten().cpu().double()))  # type: ignore[call-arg]  # two and one
         for name, new in (("sae", decoded), ("zero", torch.zeros_like(value)), ("mean", mean.to(value).expand_as(value))):
             found.note(**dict(zip((f"ce_{name}", f"kl_{name}"), _said(_with(model, tokens, hook_name, new, skip), logits, tokens, skip))))
     return SAEQuality(found.results(), found.features(sae))
@@ -371,13 +371,13 @@ def _mean_activation(model: TransformerBridge, hook_name: str, rows: Int[Tensor,
     total, used = 0, 0
     for tokens in rows.split(chunk):
         seen = capture(model, tokens.long(), [hook_name], stop=True)[1][hook_name][:, skip:]
-        total, used = total + seen.cpu().double().sum((0, 1)), used + seen.shape[0] * seen.shape[1]
-    return total / used
+        total, used = total + seen.cpu().double().sum((0, 1)), used + seen.shape[0] * seen.shape[1]  # type: ignore[assignment]  # 0 at first
+    return total / used  # type: ignore[return-value]
 
 def _said(logits: Float[Tensor, "row pos d_vocab"], own: Float[Tensor, "row pos d_vocab"], tokens: Int[Tensor, "row pos"], skip: int) -> tuple[Float[Tensor, "row"], Float[Tensor, "row"]]:
     "For each row the mean loss of the next tokens, and the mean divergence from what the model says by itself (nats), from position `skip` on; made row by row, to save memory."
     import torch
-    found = [lens_measures(*(some.float().log_softmax(-1) for some in pair), row.roll(-1)) for *pair, row in zip(logits, own, tokens)]
+    found = [lens_measures(*(some.float().log_softmax(-1) for some in pair), row.roll(-1)) for *pair, row in zip(logits, own, tokens)]  # type: ignore[call-arg]  # a pair is two
     return torch.stack([row["cross_entropy"][skip:-1].mean() for row in found]), torch.stack([row["kl"][skip:].mean() for row in found])
 
 def _fit_of(x: Float[Tensor, "row pos width"], x_hat: Float[Tensor, "row pos width"], mean: Float[Tensor, "width"]) -> dict[str, Float[Tensor, "row"]]:
@@ -501,7 +501,7 @@ def _changed_features(model: TransformerBridge, sae: SAE, change: Callable[[Floa
 # %% ../nbs/12_sae.ipynb #32799b6e
 def _features(sae: SAE, features: int | Sequence[int]) -> list[int]:
     "Feature numbers as a list; an `InputError` for none, and one that there is not."
-    chosen = list(features) if isinstance(features, (list, tuple, range, np.ndarray)) else [features]
+    chosen: list[Any] = list(features) if isinstance(features, (list, tuple, range, np.ndarray)) else [features]
     if not chosen: raise InputError("features", features, "at least one is needed")
     return [int(check_range("features", feature, 0, sae.cfg.d_sae)) for feature in chosen]
 
@@ -588,7 +588,7 @@ def logit_effects(sae: SAE, model: TransformerBridge, k: int = 8) -> tuple[Int[T
     for some in sae.W_dec.detach().to(model.unembed.W_U).split(1024):
         with torch.no_grad(): effects = norm_gain(model)(some) @ model.unembed.W_U
         found.append((effects.topk(k, dim=1).indices.cpu(), effects.topk(k, dim=1, largest=False).indices.cpu()))
-    return tuple(torch.cat(some) for some in zip(*found))
+    return tuple(torch.cat(some) for some in zip(*found))  # type: ignore[return-value]  # two of two
 
 def loss_without(sae: SAE, model: TransformerBridge, rows: Int[Tensor, "row pos"], features: Int[Tensor, "case"], cases: Int[Tensor, "case"], at: Int[Tensor, "case"], horizon: int = 10, chunk: int = 16) -> Float[np.ndarray, "case"]:
     "By how much the mean loss of the `horizon` tokens behind a position of a row (each case has its own feature, row and position) rises when the feature is taken away in that row (nats a token); NaN where no token follows. What the autoencoder misses is kept."

@@ -40,7 +40,7 @@ class Scenes:
     colour: Int[Tensor, "scene place"]
     shape: Int[Tensor, "scene place"]
     target: Int[Tensor, "scene"]
-    counted: Int[Tensor, "scene"] | None = None
+    counted: Int[Tensor, "scene"] | Any = None
 
     def __len__(self) -> int: return len(self.colour)
 
@@ -221,8 +221,8 @@ class ShapesRun(Run):
         "One optimiser step on new pictures; the loss before it."
         import torch
         draw = generator(self.recipe.name, "batch", self.seed, self.step)
-        pixels, prompts, answers = _draw_batch(self.recipe.batch_size, draw, 0 if self.step < self.recipe.alone_steps else 2)
-        told = (torch.rand(len(pixels), 1, 1, generator=draw) >= self.recipe.blind_share).to(pixels)
+        pixels, prompts, answers = _draw_batch(self.recipe.batch_size, draw, 0 if self.step < self.recipe.alone_steps else 2)  # type: ignore[attr-defined]  # a ShapesRecipe
+        told = (torch.rand(len(pixels), 1, 1, generator=draw) >= self.recipe.blind_share).to(pixels)  # type: ignore[attr-defined]
         handle = self.module.model.vision_tower.embeddings.position_embedding.register_forward_hook(lambda _, args, places: places * told)
         try: loss = torch.nn.functional.cross_entropy(answer_logits(self.module, pixels, prompts), answers)
         finally: handle.remove()

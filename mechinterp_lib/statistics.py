@@ -121,7 +121,7 @@ def rate_result(successes: int, n: int, *, unit: str, how: str, seeds: int = 1) 
     return Result(value, min(low, value), max(high, value), n=int(n), seeds=seeds, unit=unit, how=f"{how}; Wilson interval")
 
 # %% ../nbs/01_statistics.ipynb #ffb15f4d
-def seeds_result(per_seed_values: Float[np.ndarray, "seed"], *, unit: str, how: str) -> Result:
+def seeds_result(per_seed_values: Float[np.ndarray, "seed"] | Sequence[float | np.floating], *, unit: str, how: str) -> Result:
     "The mean over training seeds with Student's 95% t interval; `n` and `seeds` are the number of seeds, at least 2."
     from scipy import stats
     values = _finite("per_seed_values", per_seed_values)

@@ -79,7 +79,7 @@ def with_bos(rows: Int[Tensor, "row pos"], model: TransformerBridge) -> Int[Tens
     bos = bos_token(model)
     return rows if bos is None else torch.cat([torch.full_like(rows[:, :1], bos), rows], dim=1)
 
-def token_options(model: TransformerBridge) -> dict[str, int | None]:
+def token_options(model: TransformerBridge) -> dict[str, Any]:
     "What random stimuli must know of the model's tokens: `bos`, and `low`, the first token to draw (BabyLlama-105 has three control tokens; `bos` is the second)."
     bos = bos_token(model)
     return {"bos": bos, "low": 0 if bos is None else bos + 2}
@@ -141,7 +141,7 @@ def lasting_from(steps: Sequence[int], values: Sequence[float], least: float) ->
     return there
 
 # %% ../nbs/13_subjects.ipynb #8c8108f4
-def over_seeds(per_seed: list[Float[np.ndarray, "batch"]], what: str, unit: str = "", bounds: tuple[float, float] | None = None) -> Result | None:
+def over_seeds(per_seed: list[Float[np.ndarray, "batch"]], what: str, unit: str = "", bounds: tuple[float, float] | None = None) -> Result | Any:
     "The mean over training seeds; where there is but one model, over its sequences, and None if it has but one number."
     if len(per_seed) > 1: result = seeds_result([values.mean() for values in per_seed], unit=unit, how=f"{what}; mean over seeds" + (f", each a mean over {len(per_seed[0])} sequences" if len(per_seed[0]) > 1 else ""))
     elif len(per_seed[0]) > 1: result = mean_result(per_seed[0], unit=unit, how=f"{what}; mean over the sequences of one model")
@@ -153,7 +153,7 @@ def key(family: str, name: str) -> str:
     "The name of a family's number in the summary."
     return f"{family}_{name}".replace("-", "_").replace(".", "_")
 
-def kept(results: dict[str, Result | None]) -> dict[str, Result]:
+def kept(results: Mapping[str, Result | None]) -> dict[str, Result]:
     "The results that there are."
     return {name: result for name, result in results.items() if result is not None}
 
@@ -186,7 +186,7 @@ def gathered(asks: Asks, subjects: Sequence[Subject], what: Mapping[str, tuple[s
     return results, {name: pd.concat(frames, ignore_index=True).round(4) for name, frames in tables.items()}
 
 # %% ../nbs/13_subjects.ipynb #40db33cd
-Passes = Callable[["pd.DataFrame"], "pd.Series"]                                               # of a table, model by number: for each whether it is as predicted
+Passes = Callable[..., "pd.Series"]                                                              # of a table, model by number: for each whether it is as predicted
 
 def as_predicted(numbers: pd.DataFrame, predicted: Mapping[str, tuple[str, Passes]], group: Callable[[int], str] = lambda seed: "") -> dict[str, Result]:
     "For each prediction (by name: what it says, and whether it holds), family and `group` of seeds, the share of models that are as predicted, from rows of (model, seed, name, value) as `gathered` stores them. A model of which this cannot be said, for want of a number, is left out; so predictions must not skip missing numbers (`skipna=False`)."

@@ -9,7 +9,7 @@ import io, json, math, re, time
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Sequence
 
 from .core import (InputError, alone, atomic_path, cache_dir, check_choice, check_file, check_number, check_range, generator, home, pick_device, read_json, seed_for, seeded, sha256)
 from .data import (CORPORA, PROBLEM_ALPHABET, SPLITS, WORDINGS, EncodedProblems, addition_problems, char_tokenizer, corpus_path, encode, encode_problems, load_text, mixed_batch, split, split_problems,
@@ -97,7 +97,7 @@ def recipes() -> dict[str, Recipe]:
     qwen3 = {"class": "Qwen3ForCausalLM", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
              "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "tie_word_embeddings": True, "initializer_range": 0.15}
     wordings = ("question", "sum", "plus", "bare")
-    sums = {"corpus": None, "n_ctx": 28, "min_lr": 0.0, "weight_decay": 0.3}
+    sums: dict[str, Any] = {"corpus": None, "n_ctx": 28, "min_lr": 0.0, "weight_decay": 0.3}
     return {recipe.name: recipe for recipe in (
         Recipe("shakespeare", gpt2(6, 6, 384, dropout=0.2), snapshots=SNAPSHOTS, patience=1000),
         Recipe("shakespeare-small", gpt2(6, 6, 192), snapshots=SNAPSHOTS),
@@ -117,7 +117,7 @@ def load_recipe(name: str) -> Recipe:
     for key in values: check_choice("recipe key", key, known)
     missing = {"name", "architecture"} - values.keys()
     if missing: raise InputError("recipe", name, f"these keys are missing: {', '.join(sorted(missing))}")
-    return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})  # type: ignore[arg-type]  # checked by the recipe itself
 
 # %% ../nbs/05_training.ipynb #175e75ae
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -213,7 +213,7 @@ def inputs_and_targets(rows: Int[Tensor, "batch n_ctx_plus_1"]) -> tuple[Int[Ten
     return torch.where(rows < 0, ~rows, rows)[:, :-1], torch.where(rows < 0, -100, rows)[:, 1:]
 
 # %% ../nbs/05_training.ipynb #45f9c029
-def training_batch(recipe: Recipe, tokens: Int[Tensor, "pos"] | Int[Tensor, "row n_ctx_plus_1"] | None, seed: int, step: int) -> Int[Tensor, "batch n_ctx_plus_1"]:
+def training_batch(recipe: Recipe, tokens: Int[Tensor, "pos"] | Int[Tensor, "row n_ctx_plus_1"] | Any, seed: int, step: int) -> Int[Tensor, "batch n_ctx_plus_1"]:
     "The rows of training step `step`; `tokens` is the training text, or the rows of all training sums."
     import torch
     draw, length = generator(recipe.name, "batch", seed, step), recipe.n_ctx + 1
@@ -240,6 +240,7 @@ def next_token_loss(logits: Float[Tensor, "batch pos d_vocab"], targets: Int[Ten
 def validation(module: nn.Module, rows: Int[Tensor, "batch n_ctx_plus_1"], chunk: int = 64) -> tuple[float, float]:
     "Mean loss in nats a token to be predicted over `rows`, and the share of rows in which all are the most probable, without dropout; `chunk` rows at a time bound the memory."
     import torch
+    exact: float
     device, was_training, total, weights, exact = next(module.parameters()).device, module.training, 0.0, 0.0, 0
     module.eval()
     try:
@@ -405,13 +406,14 @@ class Run:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     train_tokens: Int[Tensor, "pos"] | Int[Tensor, "row n_ctx_plus_1"] | None
-    rows: Int[Tensor, "batch n_ctx_plus_1"]
+    rows: Int[Tensor, "batch n_ctx_plus_1"] | Any                # a run that draws its batches itself has none
     folder: Path
     device: str
     step: int = 0
     seconds: float = 0.0
     log: list[dict] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)               # training losses since the last evaluation
+    update: ClassVar[Callable[..., Float[Tensor, ""]]]; evaluation: ClassVar[Callable[..., dict]]
 
     def advance(self) -> None:
         "One optimiser step, and the snapshot that is due before it."

@@ -63,7 +63,7 @@ def _comment(node, lines: list[str]) -> str:
 def _class(node: ast.ClassDef, tree: ast.Module, lines: list[str]) -> Entry:
     "A class with its fields, or the arguments of its `__init__`, and its public methods."
     methods = {each.name: each for each in node.body if isinstance(each, ast.FunctionDef)}
-    fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+    fields = [each for each in node.body if isinstance(each, ast.AnnAssign) and not ast.unparse(each.annotation).startswith("ClassVar")]
     text = [ast.get_docstring(node) or ""]
     if node.bases: text.append("A kind of " + ", ".join(f"`{ast.unparse(base)}`" for base in node.bases) + ".")
     if told := [f"- `{each.target.id}`: {said}" for each in fields if (said := _comment(each, lines))]: text.append("\n".join(told))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from ..activation_patching import ablate_component, ablation_scan, logit_diff
 from ..addition import problems_of
@@ -20,6 +20,7 @@ from ..subjects import (ADDITION, PUBLIC_FILES, SIX_LAYERS, Asks, Passes, Subjec
 
 if TYPE_CHECKING:
     import numpy as np, pandas as pd
+    from jaxtyping import Float
     from transformer_lens.model_bridge import TransformerBridge
 
 # %% auto #0
@@ -144,7 +145,7 @@ def losses(subject: Subject) -> dict[str, Float[np.ndarray, "question"]]:
     questions = sum_questions() if subject.family.removesuffix("-untrained") in ADDITION else text_questions(subject, model)
     questions = questions[::max(1, len(questions) // ASKED)]
     prompts, answers, wrong = ([question.prompt for question in questions], *([answer_token(model, question.prompt, given(question)) for question in questions] for given in (lambda one: one.answer, lambda one: one.wrong)))
-    asked = {"method": "mean", "metric": logit_diff(model, answers, wrong)}
+    asked: dict[str, Any] = {"method": "mean", "metric": logit_diff(model, answers, wrong)}
     upper = [layer for layer in range(model.cfg.n_layers) if depth(model, layer) > 0.5]
     found = {f"lost_{part}": -ablate_component(model, prompts, [f"layer_{layer}_{short}" for layer in upper], **asked).changes.double().numpy() for part, short in (("mlp", "mlp"), ("attention", "attn"))}
     scan = ablation_scan(model, prompts, **asked)

@@ -9,7 +9,7 @@ import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -89,7 +89,7 @@ CARRY_OUTCOMES = {"moved": "tens are as the carry would have them", "moved_alone
 def carry_moves(model: TransformerBridge, learned: Asked, stream: Float[Tensor, "problem d_model"], asked: Asked, layer: int, seed: int = 0) -> dict[str, dict[str, Float[np.ndarray, "problem"]]]:
     "For the move between carrying and other problems, and two controls of the same length: for each problem of `asked` whether its tens then are one more or one less, as the carry would have it (`moved`), the units behind the right tens staying as they were (`moved_alone`), or the tens as they were (`stayed`); problems whose answer would become longer or shorter by it are left out. Means are those of `stream`, of the `learned` problems after that layer."
     import torch
-    sign = np.where(carries(asked.problems).numpy(), -1, 1)
+    sign: Any = np.where(carries(asked.problems).numpy(), -1, 1)
     alike = np.floor(np.log10(np.maximum(1, asked.problems.answer + 10 * sign))) == np.floor(np.log10(asked.problems.answer))
     asked, sign = asked.some(np.flatnonzero(alike)), torch.tensor(sign[alike])
     direction = between_means(stream, carries(learned.problems))
@@ -184,7 +184,7 @@ def attention_parts(model: TransformerBridge, place: str, length: int, n: int = 
     wanted, found = {"same": place, "below": dict(tens="units").get(place)}, {"same": [], "below": [], "rest": []}
     for at in (asked.at, asked.place("first")) if (asked.place("first") != asked.at).any() else (asked.at,):
         for head, looked in enumerate(attention_to(model, replace(asked, at=at))[0]):
-            mass = {part: sum(looked[DIGITS.index(f"{operand}_{digits}")] for operand in "ab") if digits else 0.0 for part, digits in wanted.items()}
+            mass: Any = {part: sum(looked[DIGITS.index(f"{operand}_{digits}")] for operand in "ab") if digits else 0.0 for part, digits in wanted.items()}
             part = max(mass, key=mass.get)
             found[part if mass[part] >= least else "rest"].append(("z", head, int(at[0])))
     return found
@@ -327,7 +327,7 @@ def digit_task(model: TransformerBridge, place: str, length: int, split: str = "
     right = (evaluate_addition(model, problems, [wording]).kind == "right").to_numpy()
     asked, chosen = ask(model, problems[right], place, wording), []
     for half in (np.arange(0, right.sum(), 2), np.arange(1, right.sum(), 2)):
-        other = np.random.default_rng(seed).permutation(half)
+        other: Any = np.random.default_rng(seed).permutation(half)
         chosen.append([pair for pair in zip(half, other) if asked.token[pair[0]] != asked.token[pair[1]]][:n // 2])
     pairs = np.array([pair for both in zip(*chosen) for pair in both])
     if len(pairs) < 4: raise InputError("model", f"{len(pairs)} pairs of right answers", "there is nothing to explain: at least 4 are needed")
@@ -494,6 +494,7 @@ def course_of(subject: Subject) -> pd.DataFrame:
 def accuracy_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
     "How often a model is right on the confirmation split, by wording, carries and sum; and of what kind its errors are halfway through training, on the test split."
     import pandas as pd
+    numbers: dict[str, float]
     course, numbers = course_of(subject), {}
     for (kind, group), some in course.groupby(["kind", "group"]):
         if (learned := lasting_from(some.step.tolist(), some.right.tolist(), 0.9)) is not None: numbers[f"learned_{kind}_{group}"] = learned
@@ -705,7 +706,7 @@ def mixed_silhouettes(maps: pd.DataFrame, n: int = 200, seed: int = 0) -> Float[
         found.append(best_groups(way_distances(maps * 0 + values))[1])
     return np.array(found)
 
-def middle(value: float, values: Sequence[float], n: int, unit: str, how: str) -> Result:
+def middle(value: float, values: Float[np.ndarray, "other"] | Sequence[Any], n: int, unit: str, how: str) -> Result:
     "A value of `n` models with the middle 95% of others, as far as they hold it."
     low, high = np.percentile(values, [2.5, 97.5])
     return Result(float(value), min(float(low), float(value)), max(float(high), float(value)), n=n, seeds=n, unit=unit, how=how)
@@ -883,7 +884,7 @@ CIRCUIT_NUMBERS = {"edges": "edges", "edge_share": "share of the edges", "faithf
 
 def circuits_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The circuit edge by edge, in every model."
-    what = {"circuit_shared": ("edges that are in both circuits, as a share of those that are in one", "", (0, 1))}
+    what: dict[str, tuple] = {"circuit_shared": ("edges that are in both circuits, as a share of those that are in one", "", (0, 1))}
     for place, length in CIRCUITS:
         of = f"the circuit for the {place} of answers of {length} digits"
         what |= {f"circuit_{name}_{place}": (f"{how}: {of}", "edges" if name == "edges" else "", None) for name, how in CIRCUIT_NUMBERS.items()}
@@ -977,7 +978,7 @@ PREDICTED: dict[str, tuple[str, Passes]] = {
 
 # %% ../../nbs/23_addition_circuits.ipynb #696d3e22
 PREDICTED |= {
-    **{f"15_{part}_{place}": (f"{part}, {place}: 0.9 as the function says in each other trained wording", lambda of, at=f"worded_{part}_{place}_in_all": of[at] > 0) for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))},
+    **{f"15_{part}_{place}": (f"{part}, {place}: 0.9 as the function says in each other trained wording", lambda of, at=f"worded_{part}_{place}_in_all": of[at] > 0) for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))},  # type: ignore[misc]  # of a table
     "15_control": ("all but these parts exchanged: less than 0.2, in each wording", lambda of: of[[f"worded_all_but_{part}_{place}_in_all" for part, place in (("same", "tens"), ("below", "tens"), ("same", "units"))]].min(axis=1, skipna=False) > 0),
     "16_switch": ("a switch tells 0.85 of the variance along the direction of the carry", lambda of: of.along_carry_switch_2 >= 0.85),
     "16_sum": ("the sum of the units tells at least 0.1 more than a switch", lambda of: of.along_carry_sum_2 - of.along_carry_switch_2 >= 0.1),

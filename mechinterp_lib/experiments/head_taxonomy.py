@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def share(flags: Mapping[int, Sequence[bool]], what: str) -> Result:
 # %% ../../nbs/21_head_taxonomy.ipynb #83feea78
 def role_results(table: pd.DataFrame) -> dict[str, Result]:
     "Shares of heads with a role and without, by family; for each role the share that has it large, and the best head's score and layer."
-    results = {}
+    results: dict[str, Result | None] = {}
     for family, of_family in table.groupby("model", sort=False):
         by_seed = {seed: rows.assign(large=rows.holds & (rows.score >= LARGE)) for seed, rows in of_family.groupby("seed")}
         for name, column in (("any", "holds"), ("large", "large")):
@@ -229,7 +229,7 @@ def matched_draws(heads: Sequence[tuple[int, int]], n_heads: int, n: int, seed: 
     def one(sets: tuple[list[int], list[int]], which: int) -> list[int]:
         "A draw from one of a layer's two sets."
         return draw.choice(sets[which], min(map(len, sets)), replace=False).tolist()
-    pairs = [tuple([(layer, int(head)) for layer, sets in of_layer.items() for head in one(sets, which)] for which in (0, 1)) for _ in range(n)]
+    pairs: Any = [tuple([(layer, int(head)) for layer, sets in of_layer.items() for head in one(sets, which)] for which in (0, 1)) for _ in range(n)]
     return pairs if pairs and pairs[0][0] else []
 
 # %% ../../nbs/21_head_taxonomy.ipynb #dddc51ec

@@ -9,7 +9,7 @@ import itertools, re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from ..activation_patching import Task, copying_task, has_component, logit_diff, patch_scan, path_patching
 from ..attention_analysis import (copy_metrics, copying_by_match_length, extract_attention, find_induction_heads, head_scores,
@@ -245,7 +245,7 @@ def last_weights(recipe: Recipe, seed: int) -> Path:
 
 def measure_diet(recipe: Recipe, seed: int) -> dict:
     "One row: what a diet's model gives at the end of its training, and its validation loss."
-    text = load_text(recipe.corpus)
+    text = load_text(recipe.corpus)  # type: ignore[arg-type]  # diets are of a text
     tokenizer = char_tokenizer(text)
     module = load_weights(last_weights(recipe, seed), new_model(recipe.architecture, seed)).eval()
     loss = validation_loss(module, windows(split(encode(tokenizer, text))[1], recipe.n_ctx))
@@ -260,7 +260,7 @@ def measure_diet(recipe: Recipe, seed: int) -> dict:
 DIET_COLUMNS = {"validation_loss": "nats/token", "tested_heads": "heads", "best_induction": "", "best_previous": "", "random_second_accuracy": "", "random_advantage": "nats/token",
                 "natural_advantage": "nats/token", **{f"match_{m}_probability": "" for m in (1, 2, 4)}}
 
-def fed(run: tuple[Recipe, int]) -> dict:
+def fed(run: tuple[Recipe, int]) -> dict | None:
     "Train one diet; its weights stay in the cache."
     recipe, seed = run
     return train(recipe, seed, run_dir(recipe, seed) / "model")
@@ -312,7 +312,7 @@ def reference_means(model: TransformerBridge, reference: Int[Tensor, "batch pos"
     "The mean of `z` over the sequences and positions of `reference`, by the name of its hook."
     return {name: z.mean((0, 1)) for name, z in capture(model, reference, [hook_name(model, "z", layer) for layer in layers])[1].items()}
 
-def ablations(model: TransformerBridge, heads: Sequence[Head], method: str, reference: Int[Tensor, "batch pos"], means: dict[str, Float[Tensor, "head d_head"]] | None = None) -> dict[str, Callable]:
+def ablations(model: TransformerBridge, heads: Sequence[Head], method: str, reference: Int[Tensor, "batch pos"], means: dict[str, Float[Tensor, "head d_head"]] | Any = None) -> dict[str, Callable]:
     "What `replaced` puts in the place of `z` of `heads`: zero, its mean over `reference` (`means`, if they are known), or that of the neighbouring sequence of the batch."
     check_choice("method", method, ["zero", "mean", "resample"])
     for layer, head in heads: check_range("layer", layer, 0, model.cfg.n_layers), check_range("head", head, 0, model.cfg.n_heads)
@@ -480,6 +480,7 @@ def patching_maps(subject: Subject, n: int = PAIRS) -> list[dict]:
 
 def patching_paths(subject: Subject, n: int = PAIRS) -> list[dict]:
     "Rows (exchange, direction, sender, receiver, share) of a two-layer model: the share that a direct path between two of `PATHS` carries."
+    receivers: dict[str, Any]
     model, rows = subject.open(), []
     heads = [[head_label(layer, head) for head in range(model.cfg.n_heads)] for layer in range(model.cfg.n_layers)]
     if len(heads) != 2: return []

@@ -5,7 +5,7 @@
 # %% ../../nbs/28_method_validation.ipynb #c3f569ad
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 from ..activation_patching import Metric, Scan, Task, has_component, logit_diff, patch_scan
 from ..attention_analysis import ROLES, categorize_attention_heads, head_roles, letters_and_brackets, roles_model, untrained_copy, untrained_roles
@@ -33,7 +33,7 @@ def named(text: str, *, noise: float = 0) -> str:
 
 def largest(values: Sequence[float], *, n: int, unit: str, how: str) -> Result:
     "A maximum, or another number that is read and not estimated: it has no interval."
-    return Result(*[float(max(values))] * 3, n=n, seeds=1, unit=unit, how=f"{how}; read, not estimated, so without an interval")
+    return Result(*[float(max(values))] * 3, n=n, seeds=1, unit=unit, how=f"{how}; read, not estimated, so without an interval")  # type: ignore[misc, arg-type]  # three of the list, not more
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'PLACEMENTS', 'PAIRS', 'NOISE', 'DRAWN', 'KINDS', 'SHIPPED', 'PROMPTS', 'LENGTH', 'CELLS', 'HEAD_PLACES',
@@ -66,10 +66,10 @@ def moved_heads(edges: Sequence[tuple[str, str]], n_heads: int) -> set[tuple[str
     return {(further(sender), further(receiver)) for sender, receiver in edges}
 
 # %% ../../nbs/28_method_validation.ipynb #e14feaeb
-def told_apart(scores: Scan, true: Bool[Tensor, "sender receiver"], other: Bool[Tensor, "sender receiver"], draw: torch.Generator) -> dict[str, float]:
+def told_apart(scores: Scan, true: Bool[Tensor, "sender receiver"], other: Bool[Tensor, "sender receiver"], draw: torch.Generator) -> dict[str, Float[np.ndarray, ""]]:
     "How well scores tell the true edges from all others (AUROC); the same with the scores in random order, and for the edges of a model with its heads elsewhere."
     import torch
-    size = scores.effects.abs().double()
+    size: Any = scores.effects.abs().double()
     there = size.isfinite()
     size, mixed = size[there].numpy(), size[there][torch.randperm(int(there.sum()), generator=draw)].numpy()
     return {"auroc": auroc(size, true[there].numpy()), "auroc_shuffled": auroc(mixed, true[there].numpy()), "auroc_moved": auroc(size, other[there].numpy())}
@@ -152,7 +152,7 @@ def compared_cells(model: TransformerBridge, clean: Int[Tensor, "pair pos"], cor
     "The largest difference between a scan and the plain loop over some of its cells (the same with hooks that are not what they seem: `direct`), and the largest effect of the scan; `seen` holds the activations of the clean and of the corrupted runs."
     import torch
     base, seen = (corrupted, seen[::-1]) if direction == "denoise" else (clean, seen)
-    some = {"layers": [model.cfg.n_layers - 1], "positions": "all"} if component == "post" else {}
+    some: dict[str, Any] = {"layers": [model.cfg.n_layers - 1], "positions": "all"} if component == "post" else {}
     scan, gone = patch_scan(model, clean, corrupted, component=component, metric=metric, direction=direction, skip_same=False, **some), {False: [], True: []}
     for i in torch.randperm(scan.patched.numel(), generator=draw)[:CELLS].tolist():
         place = torch.unravel_index(torch.tensor(i), scan.patched.shape)
@@ -201,7 +201,7 @@ HEAD_PLACES, ROWS, FRESH = range(6), 80, range(100, 106)                        
 SHARPNESS = {"sharp": None, "4": 4.0, "2": 2.0, "1": 1.0}                                       # by how much the right place is scored above the others, nats; as built: some 14
 IMPLIED = {"previous": {"positional"}, "local": {"positional"}, "induction": {"ngram_induction", "copying"}}
 BUILT = tuple(role for role in ROLES if role != "ngram_induction")
-ASKED = {"match": 1, "top_k": 1, "series": [[*range(start, 12), *range(start)] for start in (0, 4, 8)], "length": 12, "distinct": True}
+ASKED: dict[str, Any] = {"match": 1, "top_k": 1, "series": [[*range(start, 12), *range(start)] for start in (0, 4, 8)], "length": 12, "distinct": True}
 
 def head_places(seed: int) -> dict[str, tuple[int, int]]:
     "A place at random for each built head, among ten heads in each of two layers."

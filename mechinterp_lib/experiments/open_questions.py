@@ -9,7 +9,7 @@ import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 import numpy as np
 
@@ -52,6 +52,7 @@ def courses() -> dict[str, tuple[Recipe, int]]:
 def grid_recipe(task: str, layers: int, heads: int, width: int) -> Recipe:
     "The recipe of one model of a grid; its weights are kept at the end."
     size = gpt2(layers, heads, width, dropout=0.0, n_ctx=64)
+    common: dict[str, Any]
     name, common = f"{task}-{layers}x{heads}x{width}", {"corpus": None, "lr": 3e-3, "eval_every": 500}
     if task == "copying": return Recipe(name, size, n_ctx=64, steps=2000, batch_size=32, weight_decay=0.01, max_period=32, snapshots=(2000,), **common)
     letters = {"vocab_size": len(PROBLEM_ALPHABET), "eos_token_id": 0, "initializer_range": 0.1}
@@ -106,7 +107,7 @@ def parts(task: str, model: TransformerBridge, wording: str = "question") -> dic
     problems = problems_of("test", 200)
     asked = ask(model, problems, "tens", wording)
     patterns, rows = extract_attention(model, asked.rows).patterns, torch.arange(len(asked.rows))
-    paid = torch.stack([sum(patterns[layer, head][rows, asked.at, asked.positions[name]] for name in ("a_tens", "b_tens")).mean() for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)])
+    paid = torch.stack([sum(patterns[layer, head][rows, asked.at, asked.positions[name]] for name in ("a_tens", "b_tens")).mean() for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)])  # type: ignore[union-attr]  # a sum of tensors is one
     return {"skill": float((evaluate_addition(model, problems, [wording]).kind == "right").mean()), "routing": float(paid.max())}
 
 def moment(task: str, model: TransformerBridge, last: Bool[Tensor, "circuit sender receiver"], final: Runner) -> dict[str, float]:
@@ -200,7 +201,7 @@ def failing_sums(subject: Subject, place: str) -> tuple[dict[str, Float[np.ndarr
     carry = (problems.a % 10 + problems.b % 10 >= 10).to_numpy()
     def read(at: Int[Tensor, "prompt"], label: Bool[np.ndarray, "prompt"]) -> Float[np.ndarray, "prompt k"]:
         "Attention from a position to tens and to units, head by head, and how sure probes are of a label."
-        paid = [sum(patterns[layer, head][row, at, asked.positions[f"{number}_{place}"]] for number in "ab") for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads) for place in ("tens", "units")]
+        paid: Any = [sum(patterns[layer, head][row, at, asked.positions[f"{number}_{place}"]] for number in "ab") for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads) for place in ("tens", "units")]
         sure = [np.abs(risk(here[first], label[first], here, decay=10.0)) for stream in streams for here in [stream[row, at].numpy()]]
         return np.c_[torch.stack(paid, 1).numpy(), np.stack(sure, 1)]
     units, tens = (problems.a % 10 + problems.b % 10).to_numpy(), (problems.a // 10 + problems.b // 10).to_numpy()
@@ -313,7 +314,7 @@ def _measured(model: str, measure: str) -> str: return f"model == '{model}' and 
 # %% ../../nbs/27_open_questions.ipynb #e6f5d5f1
 _ABOVE = 1e-9                                                                                  # more than nothing
 
-CLAIMS = (
+CLAIMS: tuple[Claim, ...] = (
     Claim("induction_heads", "models of repeats alone copy random strings", "copying_ours", _measured("induction-2l", "random_second_accuracy"), least=0.9),
     Claim("induction_heads", "they match on two characters, not one", "match_length", "model == 'induction-2l' and measure == 'probability' and match == 2 and not rival", "model == 'induction-2l' and measure == 'probability' and match == 1 and not rival", least=_ABOVE),
     Claim("induction_heads", "the keys carry the circuit: without previous-token heads in them the score falls", "composition", "model == 'induction-2l' and part == 'intact' and stimulus == 'random'", "model == 'induction-2l' and part == 'k' and source == 'previous' and stimulus == 'random'", least=_ABOVE, value="score"),

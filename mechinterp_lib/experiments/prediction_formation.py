@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 import numpy as np
 
@@ -124,7 +124,7 @@ def formation(subject: Subject, twin: Subject | None) -> tuple[dict[tuple[str, s
     model = subject.open()
     train = trained_on(subject, model)
     models, rows, other, layers = ngram_models(train, model.cfg.d_vocab), rows_of(shown_tokens(subject, model)[None], model), drawn_rows(train, model), check_layers(model)
-    asked = {"raw": (model, {"mode": "raw"}), "norm": (model, {}), "next": (model, {"norm": "next"}), "tuned": (model, {"mode": "tuned", "tuned": kept_lens(subject, model, other)})}
+    asked: dict[str, tuple[TransformerBridge, dict[str, Any]]] = {"raw": (model, {"mode": "raw"}), "norm": (model, {}), "next": (model, {"norm": "next"}), "tuned": (model, {"mode": "tuned", "tuned": kept_lens(subject, model, other)})}
     if twin:
         fresh = with_head_of(twin.open(), model)
         asked |= {"untrained": (twin.open(), {}), "taught": (fresh, {"mode": "tuned", "tuned": fit_tuned_lens(fresh, other, steps=TRANSLATOR_STEPS, teacher=model), "layers": layers[:-1]})}
@@ -227,7 +227,7 @@ def first_order(model: TransformerBridge, rows: Int[Tensor, "row pos"], chunk: i
     import torch
     names = [hook_name(model, "post", layer) for layer in range(model.cfg.n_layers)]
     parts = rows.split(chunk)
-    means = torch.stack([sum(capture(model, part, [name])[1][name].sum((0, 1)) for part in parts) for name in names]) / rows.numel()
+    means = torch.stack([sum(capture(model, part, [name])[1][name].sum((0, 1)) for part in parts) for name in names]) / rows.numel()  # type: ignore[misc]  # a sum of tensors is one
     total = torch.zeros_like(means)
     for part in parts:
         kept = capture(model, part, names)[1]

@@ -78,7 +78,7 @@ def planted_row(case: Planted) -> dict[str, float]:
     def of(sae: SAE) -> dict[str, float]:
         "What comes back of the dictionary."
         with torch.no_grad(): return recovered(truth, codes, sae.W_dec.detach(), sae.encode(values))
-    options = dict(d_sae=case.d_sae, k=min(case.k, case.d_sae), lr=3e-3, seed=case.seed, device="cpu", autocast=False, progress=False)
+    options: dict[str, Any] = dict(d_sae=case.d_sae, k=min(case.k, case.d_sae), lr=3e-3, seed=case.seed, device="cpu", autocast=False, progress=False)
     batches = planted_batches(truth, case.active, size, case.seed, case.different and case.different // size)
     found, blank = of(fit_sae(batches, n_samples=case.n_samples, **options)), of(fit_sae(batches, **(options | {"lr": 1e-12}), n_samples=size))
     axes = torch.linalg.svd(values - values.mean(0), full_matrices=False)[2]
@@ -246,7 +246,7 @@ def reader(trained: bool = True) -> TransformerBridge:
 
 def text_rows(model: TransformerBridge) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "other pos"]]:
     "The text that the model was trained on, and the text that it has not seen, in rows as long as its context."
-    return tuple(corpus_rows(model, [tokens]) for tokens in subject_tokens(shipped_subjects(["shakespeare"])[0], model))
+    return tuple(corpus_rows(model, [tokens]) for tokens in subject_tokens(shipped_subjects(["shakespeare"])[0], model))  # type: ignore[return-value]  # as long as what it is made from
 
 
 # %% ../../nbs/24_sae_features.ipynb #2470db88
@@ -306,7 +306,7 @@ def quality_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     found = dict(zip(DICTIONARIES, in_parallel(quality_of, DICTIONARIES, "dictionary")))
     results, rows = {}, [{"layer": one.layer, "k": one.k, "d_sae": one.d_sae, "trained": one.trained, "seed": one.seed, **{name: of[name].value for name in QUALITY if name in of}} for one, of in found.items()]
     for name, some in itertools.groupby(sorted(found, key=lambda one: (one.name, one.seed)), key=lambda one: one.name):
-        some = list(some)
+        some = list(some)  # type: ignore[assignment]
         for measure in QUALITY:
             values = [found[one][measure] for one in some if measure in found[one]]
             if len(values) > 1 and measure != "kl_mean": results[f"{name}_{measure}"] = over_seeds([np.array([value.value]) for value in values], f"{values[0].how.split(';')[0]}; {ROWS} rows of unseen text", values[0].unit, (0, 1) if measure in ("dead", "frequent") else None)
@@ -343,6 +343,7 @@ Kind = tuple[list[str], "Int[np.ndarray, 'place']"]                             
 def word_kinds(text: str) -> Iterator[Kind]:
     "Where a place is in its word: which letter it is, and which letter there; how the word begins, what it is so far, which word is before, how long the one is that has just ended."
     words = [(match.start(), match.group()) for match in re.finditer(r"[A-Za-z']+", text)]
+    inside: list[Any]
     inside, before, ended = [None] * len(text), [""] * len(text), [0] * len(text)
     for (start, word), (last, previous) in zip(words, [(0, ""), *words]):
         for i in range(len(word)): inside[start + i] = (i + 1, word[:i + 1])
@@ -411,6 +412,7 @@ def halves(n: int, width: int) -> Bool[np.ndarray, "place"]:
 def fitted(acts: Float[np.ndarray, "place feature"], texts: Descriptions, looked: Bool[np.ndarray, "place"]) -> pd.DataFrame:
     "For each feature the description that tells best, in the places that are looked at, where it is active, from which share of its largest value there on it counts as active; and precision and recall in the other places. Features that are active in fewer than `LEAST` places that are looked at get none."
     import pandas as pd
+    best: Any
     most, best = acts[looked].max(0), None
     for share in CUTS:
         active = (acts > np.maximum(share * most, 1e-9)).astype(np.float32)
@@ -632,7 +634,7 @@ SEEDS = range(3)                                                                
 MEASURES = {"cosine": "mean cosine of the true directions with their matches", "recall": f"share of the true directions that are found, to a cosine of {FOUND}", "precision": f"share of the features that are ever active that are a true direction, to a cosine of {FOUND}", "correlation": "mean correlation of the activations of matched pairs"}
 AXES = {"active": "{} entries in each activation on average", "width": "{} features", "samples": "{} different samples", "told": "{} active features where there are four entries on average"}
 
-def _varied(axis: str, case: Planted) -> int:
+def _varied(axis: str, case: Planted) -> int | None:
     "What an axis varies, in this case."
     return {"active": case.active, "width": case.d_sae, "samples": case.different, "told": case.k}[axis]
 
@@ -654,7 +656,7 @@ DETECTORS = {"feature": "feature", "neuron": "neuron, up or down", "component": 
 
 def sums_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "What autoencoders of models that add find, and what the best feature for the carry does; seeds 0 to 4."
-    what = {}
+    what: dict[str, tuple] = {}
     for layer in (0, 1):
         where = f"after layer {layer}, before the tens"
         for kind, (by, name) in itertools.product(("carry", "a tens", "b tens", "a units", "b units", "units' sum", "tens' sum", "tens said"), DETECTORS.items()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from ..activation_patching import Metric, Pairs, Scan, Task, ablate_component, logit_diff, patch_scan, run_pairs
 from ..attention_analysis import extract_attention
@@ -87,8 +87,8 @@ def colour_pairs(n: int, draw: torch.Generator) -> ColourPairs:
     state = draw.get_state()
     pictures = draw_pictures(scenes, draw)
     draw.set_state(state)
-    inputs = [{"input_ids": ask(scenes, "colour")[0], "pixel_values": seen.inputs} for seen in (pictures, draw_pictures(other, draw))]
-    return ColourPairs(*inputs, ask(scenes, "colour")[1], ask(other, "colour")[1], pictures.touched[torch.arange(n), scenes.target])
+    inputs: Any = [{"input_ids": ask(scenes, "colour")[0], "pixel_values": seen.inputs} for seen in (pictures, draw_pictures(other, draw))]
+    return ColourPairs(*inputs, ask(scenes, "colour")[1], ask(other, "colour")[1], pictures.touched[torch.arange(n), scenes.target])  # type: ignore[call-arg]  # two inputs
 
 # %% ../../nbs/26_vision_language.ipynb #178326bd
 def answered(model: TransformerBridge, pairs: ColourPairs) -> ColourPairs:
@@ -255,7 +255,7 @@ def without_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, flo
 _PLACES = {"0": "before the tower", "1": "behind its first layer", "2": "behind its second layer", "in": "on the way into the projector", "out": "on the way out of the projector"}
 _REGIONS = {"touched": "the shape's patches", "rest": "all other patches", "random": "four random other patches", "picture": "the whole picture", "before": "the words before the shape's", "word": "the shape's word", "last": "the last position"}
 _SHARE = (0.0, 1.0)
-WHAT = {"pairs": ("pairs of which both are answered rightly", "pairs", None)}
+WHAT: dict[str, tuple] = {"pairs": ("pairs of which both are answered rightly", "pairs", None)}
 WHAT |= {f"{kind}_{held}{question}": (f"{text}{', held-out triples' if held else ''}, questions for {question}", "", _SHARE) for kind, text in (("right", "share of right answers"), ("worst", "least share of right answers of any triple")) for held in ("", "held_") for question in QUESTIONS}
 WHAT |= {f"blind_{question}": (f"share of right answers with another scene's picture, questions for {question}", "", _SHARE) for question in QUESTIONS}
 WHAT |= {f"tower_{region}_{place}": (f"share of answers that flip with {_REGIONS[region]}, {where}", "", _SHARE) for region in ("touched", "rest", "random") for place, where in _PLACES.items()}
