@@ -15,6 +15,7 @@ from .core import InputError, PICTURES, Result, Stage, alone, check_choice, chec
 from .executor import executor
 from .models import elsewhere, stream_tokens, token_ids, window_start
 from .report import EXPERIMENTS, experiment as _experiment, findings_page, verified_page, verify_all
+from .start import endable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -483,15 +484,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../nbs/30_cli.ipynb #c47df2dd
-@contextlib.contextmanager
-def _endable() -> Iterator[None]:
-    "Inside the block SIGTERM ends what is going on as Ctrl-C does, so that what is open is put away."
-    def end(number, frame): raise SystemExit(128 + number)
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    before = signal.signal(signal.SIGTERM, end) or signal.SIG_DFL
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
-
 def _one_line(reason: str) -> str:
     "A reason on one line; what cannot be seen is written as its escape, lest a file's name tell the terminal what to do."
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in " ".join(reason.split()))
@@ -499,7 +491,7 @@ def _one_line(reason: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     "The `mechinterp` command; returns its exit code."
     try:
-        with _endable():
+        with endable():
             args = parser().parse_args(arguments)
             with executor(args.executor, args.address): code = args.function(args)
             sys.stdout.flush()                                              # a full disk or a reader that is gone is met here, not when Python ends

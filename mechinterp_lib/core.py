@@ -14,10 +14,10 @@ from typing import IO, Any, Callable, Iterable, Iterator, Mapping, Sequence
 # %% auto #0
 __all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_number', 'check_suffix', 'home', 'model_roots',
            'model_folder', 'cache_dir', 'as_path', 'check_file', 'check_folder', 'check_target', 'atomic_path',
-           'write_text', 'write_files', 'json_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator',
-           'seeded', 'alone', 'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance', 'code_hashes',
-           'results_dir', 'load_results', 'load_table', 'load_stages', 'save_results', 'compare_results', 'Stage',
-           'run_stage']
+           'write_text', 'write_files', 'json_text', 'write_json', 'json_value', 'read_json', 'sha256', 'seed_for',
+           'generator', 'seeded', 'alone', 'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance',
+           'code_hashes', 'results_dir', 'load_results', 'load_table', 'load_stages', 'save_results', 'compare_results',
+           'Stage', 'run_stage']
 
 # %% ../nbs/00_core.ipynb #9ed30da1
 class InputError(ValueError):
@@ -161,14 +161,25 @@ def write_json(path: str | Path, value: Any) -> Path:
     "Write `value` as `json_text`, whole or not at all."
     return write_text(path, json_text(value))
 
-def read_json(path: str | Path) -> Any:
-    "The value in a JSON file; an `InputError` if it is missing, cannot be read, is not JSON or holds NaN, for which JSON has no word (Infinity, which some configurations hold, passes)."
+def json_value(text: str | bytes) -> Any:
+    "The value of a JSON text. A `ValueError` for what is none, for NaN, for which JSON has no word (Infinity, which some configurations hold, passes), and for a key that stands twice in one object."
     def constant(word: str) -> float:
         "What a word stands for that is none of JSON's."
         if word == "NaN": raise ValueError("it holds NaN")
         return float(word)
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        "An object; of two values under one key nobody knows which is meant."
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen: raise ValueError(f"the key {key[:60]!r} stands twice")
+            seen.add(key)
+        return dict(pairs)
+    return json.loads(text, parse_constant=constant, object_pairs_hook=once)
+
+def read_json(path: str | Path) -> Any:
+    "The value in a JSON file, as `json_value` reads it; an `InputError` if it is missing, cannot be read or is not JSON."
     path = check_file("path", path)
-    try: return json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    try: return json_value(path.read_text(encoding="utf-8"))
     except OSError as error: raise InputError("path", str(path), f"cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error: raise InputError("path", str(path), f"not a JSON file: {error}") from None
 
