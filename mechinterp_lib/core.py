@@ -321,13 +321,20 @@ def _refuses(node: ast.AST) -> bool:
     if not isinstance(node, ast.Expr): return isinstance(node, ast.Raise)
     return isinstance(node.value, ast.Constant) or isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name) and node.value.func.id.startswith("check_")
 
+def _declares(node: ast.AST, inside: ast.AST) -> bool:
+    "Whether a statement only says of what type something is; in a class it may be a field, without which there is another class."
+    return isinstance(node, ast.AnnAssign) and node.value is None and (not isinstance(inside, ast.ClassDef) or "ClassVar" in ast.unparse(node.annotation))
+
 class _WhatCounts(ast.NodeTransformer):
     "Takes away what no number hangs on: annotations, docstrings, statements that only refuse something, and the words with which an error is told anew."
     def generic_visit(self, node: ast.AST) -> ast.AST:
         for field, value in ast.iter_fields(node):
             if field in ("annotation", "returns"): setattr(node, field, None)
-            elif isinstance(value, list): setattr(node, field, [one for one in value if not (isinstance(one, ast.stmt) and _refuses(one))])
+            elif isinstance(value, list): setattr(node, field, [one for one in value if not (isinstance(one, ast.stmt) and _refuses(one) or _declares(one, node))])
         return super().generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        return self.generic_visit(node) if node.value is None else ast.Assign([node.target], self.visit(node.value))
 
     def visit_Try(self, node: ast.Try) -> Any:
         node = self.generic_visit(node)
