@@ -51,12 +51,8 @@ book-pdf: .venv/.ready
 	@$(ENV) python book/_ext/print_book.py
 
 bench: .venv/.ready
-	@$(ENV) python benchmarks/patching_speed.py
-	@$(ENV) python benchmarks/lens_speed.py
-	@$(ENV) python benchmarks/training_speed.py
-	@$(ENV) python benchmarks/sae_speed.py
-	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-circuit==1.0.1 ordered-set==4.1.0; \
-	 then $(ENV) python benchmarks/circuit_speed.py; else echo "auto-circuit cannot be installed here: edge scores were not raced"; fi
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-circuit==1.0.1 ordered-set==4.1.0 || echo "auto-circuit cannot be installed here: edge scores cannot be raced"
+	@$(ENV) mechinterp bench
 
 serve:
 	@test -f $(SITE)/index.html || { echo "no book yet: run make book"; exit 2; }

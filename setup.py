@@ -38,7 +38,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]), package_data={cfg["lib_path"]: ["py.typed"]},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={"sae": needs["sae"], "ray": needs["ray"], "book": needs["sae"] + needs["book"], "dev": needs["sae"] + needs["book"] + needs["dev"]},
-    entry_points={"console_scripts": [f"mechinterp={cfg['lib_path']}.cli:main"],
+    entry_points={"console_scripts": [f"mechinterp={cfg['lib_path']}.start:main"],
                   "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     cmdclass={"build_py": build_with_models},
 )

@@ -14,10 +14,10 @@ from typing import IO, Any, Callable, Iterable, Iterator, Mapping, Sequence
 # %% auto #0
 __all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_number', 'check_suffix', 'home', 'model_roots',
            'model_folder', 'cache_dir', 'as_path', 'check_file', 'check_folder', 'check_target', 'atomic_path',
-           'write_text', 'write_files', 'json_text', 'write_json', 'read_json', 'sha256', 'seed_for', 'generator',
-           'seeded', 'alone', 'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance', 'code_hashes',
-           'results_dir', 'load_results', 'load_table', 'load_stages', 'save_results', 'compare_results', 'Stage',
-           'run_stage']
+           'write_text', 'write_files', 'json_text', 'write_json', 'json_value', 'read_json', 'sha256', 'seed_for',
+           'generator', 'seeded', 'alone', 'pick_device', 'pick_dtype', 'Result', 'file_hashes', 'provenance',
+           'code_hashes', 'results_dir', 'load_results', 'load_table', 'load_stages', 'save_results', 'compare_results',
+           'Stage', 'run_stage']
 
 # %% ../nbs/00_core.ipynb #9ed30da1
 class InputError(ValueError):
@@ -161,14 +161,25 @@ def write_json(path: str | Path, value: Any) -> Path:
     "Write `value` as `json_text`, whole or not at all."
     return write_text(path, json_text(value))
 
-def read_json(path: str | Path) -> Any:
-    "The value in a JSON file; an `InputError` if it is missing, cannot be read, is not JSON or holds NaN, for which JSON has no word (Infinity, which some configurations hold, passes)."
+def json_value(text: str | bytes) -> Any:
+    "The value of a JSON text. A `ValueError` for what is none, for NaN, for which JSON has no word (Infinity, which some configurations hold, passes), and for a key that stands twice in one object."
     def constant(word: str) -> float:
         "What a word stands for that is none of JSON's."
         if word == "NaN": raise ValueError("it holds NaN")
         return float(word)
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        "An object; of two values under one key nobody knows which is meant."
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen: raise ValueError(f"the key {key[:60]!r} stands twice")
+            seen.add(key)
+        return dict(pairs)
+    return json.loads(text, parse_constant=constant, object_pairs_hook=once)
+
+def read_json(path: str | Path) -> Any:
+    "The value in a JSON file, as `json_value` reads it; an `InputError` if it is missing, cannot be read or is not JSON."
     path = check_file("path", path)
-    try: return json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    try: return json_value(path.read_text(encoding="utf-8"))
     except OSError as error: raise InputError("path", str(path), f"cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error: raise InputError("path", str(path), f"not a JSON file: {error}") from None
 
@@ -207,7 +218,7 @@ def _locked(file: IO) -> bool:
         if os.name == "nt":
             import msvcrt
             file.seek(2**30)                                                   # behind the text, which others read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)                  # type: ignore[attr-defined]  # on other systems
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -304,39 +315,62 @@ def provenance(config: Mapping, seeds: Sequence[int], inputs: Iterable[str | Pat
             "modules": file_hashes(sorted(package.rglob("*.py")), package)}
 
 # %% ../nbs/00_core.ipynb #b010f76c
+def _refuses(node: ast.AST) -> bool:
+    "Whether a statement is a docstring, or does nothing but raise, by itself or by `check_...`."
+    if isinstance(node, ast.If): return not node.orelse and all(map(_refuses, node.body))
+    if not isinstance(node, ast.Expr): return isinstance(node, ast.Raise)
+    return isinstance(node.value, ast.Constant) or isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name) and node.value.func.id.startswith("check_")
+
+def _declares(node: ast.AST, inside: ast.AST) -> bool:
+    "Whether a statement only says of what type something is; in a class it may be a field, without which there is another class."
+    return isinstance(node, ast.AnnAssign) and node.value is None and (not isinstance(inside, ast.ClassDef) or "ClassVar" in ast.unparse(node.annotation))
+
+class _WhatCounts(ast.NodeTransformer):
+    "Takes away what no number hangs on: annotations, docstrings, statements that only refuse something, and the words with which an error is told anew."
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns"): setattr(node, field, None)
+            elif isinstance(value, list): setattr(node, field, [one for one in value if not (isinstance(one, ast.stmt) and _refuses(one) or _declares(one, node))])
+        return super().generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        return self.generic_visit(node) if node.value is None else ast.Assign([node.target], self.visit(node.value))
+
+    def visit_Try(self, node: ast.Try) -> Any:
+        self.generic_visit(node)
+        node.handlers = [one for one in node.handlers if one.body]
+        return node if node.handlers or node.orelse or node.finalbody else node.body
+
+def _form(node: Any) -> str:
+    "A syntax tree as text, without places and empty fields: the same in every version of Python that reads the code alike."
+    if isinstance(node, list): return f"[{','.join(map(_form, node))}]"
+    if not isinstance(node, ast.AST): return repr(node)
+    return f"{type(node).__name__}({','.join(f'{name}={_form(value)}' for name, value in ast.iter_fields(node) if value not in (None, []) and name not in ('kind', 'ctx'))})"
+
+
+# %% ../nbs/00_core.ipynb #0051abe8
 def _names(node: ast.AST) -> set[str]:
     "The names that a piece of code uses, and those that it imports inside."
     found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     return found | {alias.name for part in ast.walk(node) if isinstance(part, ast.ImportFrom) for alias in part.names}
 
-def _what_counts(lines: Sequence[str], node: ast.AST) -> str:
-    "The source of a definition, its decorators included, without what no number hangs on: docstrings, blank lines, and lines that only refuse something."
-    first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
-    def idle(part: ast.AST) -> bool:
-        "Whether a statement is a docstring, or does nothing but raise."
-        if isinstance(part, ast.If): return not part.orelse and all(map(idle, part.body))
-        return isinstance(part, ast.Raise) or isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)
-    parts = [part for part in ast.walk(node) if isinstance(part, ast.stmt) and idle(part) and lines[part.lineno - 1][:part.col_offset].isspace()]
-    gone = {line for part in parts for line in range(part.lineno, part.end_lineno + 1)}
-    return "\n".join(lines[i - 1].rstrip() for i in range(first, node.end_lineno + 1) if i not in gone and lines[i - 1].strip())
-
 @functools.lru_cache(maxsize=4)
 def _definitions(package: Path) -> tuple[dict[tuple[str, str], list[tuple[str, set[str]]]], dict[tuple[str, str], tuple[str, str]]]:
-    "What the modules of a package define at their top, by module and name: source and names used; and what they import from each other."
+    "What the modules of a package define at their top, by module and name: what counts of it and names used; and what they import from each other."
     defined, imported = {}, {}
     for path in sorted(package.rglob("*.py")):
-        module, text = path.relative_to(package).with_suffix("").as_posix().replace("/", "."), path.read_text(encoding="utf-8")
-        lines, tree = text.splitlines(), ast.parse(text)
-        for node in tree.body:
+        module, tree = path.relative_to(package).with_suffix("").as_posix().replace("/", "."), ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mechinterp_lib.")):
+                for alias in node.names: imported[module, alias.asname or alias.name] = ((node.module or "").removeprefix("mechinterp_lib."), alias.name)
+        for node in map(_WhatCounts().visit, tree.body):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
             names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]      # `Run.update = ...` belongs to `Run`
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names = [node.name]
             for name in names:
-                if name != "__all__": defined.setdefault((module, name), []).append((_what_counts(lines, node), _names(node)))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mechinterp_lib.")):
-                for alias in node.names: imported[module, alias.asname or alias.name] = ((node.module or "").removeprefix("mechinterp_lib."), alias.name)
+                if name != "__all__": defined.setdefault((module, name), []).append((_form(node), _names(node)))
     return defined, imported
+
 
 # %% ../nbs/00_core.ipynb #4355c5e6
 def _used_by(function: Any) -> set[tuple[str, str]]:
@@ -346,15 +380,19 @@ def _used_by(function: Any) -> set[tuple[str, str]]:
     module = function.__module__.removeprefix("mechinterp_lib.")
     return {(module, name) for name in (function.__code__.co_names if function.__name__ == "<lambda>" else [function.__name__])}
 
+def _aside(module: str, name: str) -> bool:
+    "Whether no number hangs on a definition, or tests of its own hold it: files (their hashes stand beside the numbers), checks, where work is computed, how models are opened."
+    return module == "executor" or module == "core" and name not in ("Result", "seed_for", "generator", "seeded") or module == "models" and name in ("load_model", "as_bridge") or name.lstrip("_").startswith("check_")
+
 def code_hashes(function: Callable, package: Path | None = None) -> dict[str, str]:
-    "For each module of the package a hash of those of its definitions that `function` can reach; docstrings, and what is refused, play no part."
+    "For each module of the package a hash of those of its definitions that `function` can reach; annotations, docstrings, what is refused, and what is `_aside`, play no part."
     package = package or (Path(__file__).resolve().parent if "__file__" in globals() else home() / "mechinterp_lib")
     defined, imported = _definitions(package)
     reached, waiting = set(), _used_by(function)
     while waiting:
         place = waiting.pop()
         place = imported.get(place, place) if place not in defined else place
-        if place in reached or place not in defined: continue
+        if place in reached or place not in defined or _aside(*place): continue
         reached.add(place)
         waiting |= {(place[0], name) for _, names in defined[place] for name in names}
     parts: dict[str, list[str]] = {}

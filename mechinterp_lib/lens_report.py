@@ -5,13 +5,13 @@
 # %% ../nbs/16_lens_report.ipynb #07d51a5a
 from __future__ import annotations
 
-import csv, html, json
+import csv, html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from .activation_patching import ablation_scan, log_probability, logit_diff
-from .core import InputError, check_choice, check_file, check_folder, write_files
+from .core import InputError, check_choice, check_file, check_folder, json_value, write_files
 from .interventions import check_tokens
 from .logit_lens import TunedLens, depth, direct_logit_attribution, logit_cap, logit_lens, sample_layers
 from .models import token_ids
@@ -38,7 +38,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     "The rows of a table with their numbers; an `InputError` for what is no table."
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix.lower() == ".csv": yield from enumerate(csv.DictReader(file, restkey="more fields than columns", restval=None), 1)
-        else: yield from ((i, json.loads(line)) for i, line in enumerate(file, 1) if line.strip())
+        else: yield from ((i, json_value(line)) for i, line in enumerate(file, 1) if line.strip())
 
 def read_questions(path: str | Path) -> list[Question]:
     "The questions of a .csv or .jsonl file with the columns prompt, answer, and, if there are any, wrong and group; `InputError` for another form, a column that is missing or unknown, an empty prompt or answer, and a value that is neither text nor a whole number."

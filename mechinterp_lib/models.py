@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
-from .core import InputError, as_path, check_choice, check_file, check_number, check_range, model_folder, model_roots, pick_device, pick_dtype, read_json, seeded
+from .core import InputError, as_path, check_choice, check_file, check_number, check_range, json_value, model_folder, model_roots, pick_device, pick_dtype, read_json, seeded
 from .data import encode
 from .deepseek_vl import own_class, register_adapter
 
@@ -170,7 +170,7 @@ def _safetensors_header(path: Path) -> dict[str, dict]:
         length = int.from_bytes(start, "little") if len(start) == 8 else size
         if length + 8 > size or length > 100_000_000: raise InputError("weights", str(path), f"truncated or not a safetensors file ({size:,} bytes); fetch it again")
         try:
-            header = json.loads(file.read(length))
+            header = json_value(file.read(length))
             header.pop("__metadata__", None)
             for entry in header.values(): _check_entry(entry["dtype"], entry["shape"], *entry["data_offsets"])
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)

@@ -146,12 +146,14 @@ def load_sae(path: str | Path, sae_id: str | None = None, *, model: TransformerB
 
 # %% ../nbs/12_sae.ipynb #8262e382
 def _check_size(folder: Path) -> None:
-    "An `InputError` where the configuration of an autoencoder asks for more than there are weights for: nothing is built before it is known to be there."
+    "An `InputError` where the configuration of an autoencoder asks for more than there are weights for, or a weight is of another kind of number: nothing is built before it is known to be there."
     config, header = read_json(folder / "cfg.json"), _safetensors_header(folder / "sae_weights.safetensors")
     if not isinstance(config, dict): raise InputError("path", str(folder / "cfg.json"), "no configuration of an autoencoder")
     longest = max((side for entry in header.values() for side in entry["shape"]), default=0)
     for key in ("d_in", "d_out", "d_sae"):
         if key in config and not (type(config[key]) is int and 1 <= config[key] <= longest): raise InputError("path", str(folder / "cfg.json"), f"its {key} is {config[key]!r}; no side of a weight is longer than {longest}")
+    for name, entry in header.items():
+        if entry["dtype"] not in ("F64", "F32", "F16", "BF16"): raise InputError("path", str(folder / "sae_weights.safetensors"), f"{name} is stored as {entry['dtype']}; allowed: floating-point numbers of 16 bits or more")
 
 def _check_encodes(sae: SAE) -> None:
     "A `ValueError` for weights that are no finite numbers, metadata of the wrong kind, and what does not encode a vector."
@@ -260,7 +262,8 @@ def _trainer(settings: Mapping[str, Any], stream: Iterator[Float[Tensor, "batch 
                               dead_feature_window=max(10, min(1000, steps // 20)), n_checkpoints=20 * keeps, checkpoint_path=str(state), logger=LoggingConfig(log_to_wandb=project is not None, log_weights_to_wandb=False, wandb_project=project or ""))
     trainer = SAETrainer(config, sae, itertools.chain(some, stream), save_checkpoint_fn=lambda checkpoint_path: _only_state(checkpoint_path, record))
     if start:
-        sae.load_weights_from_checkpoint(state / str(start)), trainer.load_trainer_state(state / str(start))
+        try: sae.load_weights_from_checkpoint(state / str(start)), trainer.load_trainer_state(state / str(start)), check_finite(torch.cat([weight.detach().flatten() for weight in sae.parameters()]))
+        except Exception as error: raise _damaged(state, error) from error
         trainer.n_training_steps = start // size                                                # the state is written before the step is counted
         trainer.checkpoint_thresholds = [samples for samples in trainer.checkpoint_thresholds if samples > start]
     else:
@@ -287,9 +290,15 @@ def _samples_done(state: Path) -> int:
     "How many activations the last whole state had seen, 0 where there is none."
     return max((int(path.parent.name) for path in state.glob("*/whole.json")), default=0)
 
+def _damaged(state: Path, why: object) -> InputError:
+    "What is said of a state from which nothing can go on."
+    return InputError("out", str(state), f"the state of a training that was stopped is damaged ({' '.join(str(why).split())[:80] or type(why).__name__}); remove it to train from the start")
+
 def _check_same(state: Path, ours: Mapping[str, Any]) -> None:
-    "An `InputError` for a state of another training."
-    there = read_json(state / str(_samples_done(state)) / "whole.json")
+    "An `InputError` for a state of another training, or one that is damaged."
+    try: there = read_json(state / str(_samples_done(state)) / "whole.json")
+    except InputError as error: raise _damaged(state, error) from error
+    if not isinstance(there, dict) or not all(isinstance(there.get(part), dict) for part in ours): raise _damaged(state, "no record of its settings")
     differ = [f"{name} {there[part].get(name)!r}, not {value!r}" for part in ours for name, value in ours[part].items() if there[part].get(name) != value]
     if differ: raise InputError("out", str(state.parent), f"a training with other settings was begun there: {'; '.join(differ)}; choose another folder, or remove it")
 

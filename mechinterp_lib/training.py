@@ -9,7 +9,7 @@ import io, json, math, re, time
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Mapping, Sequence
 
 from .core import (InputError, alone, atomic_path, cache_dir, check_choice, check_file, check_number, check_range, generator, home, pick_device, read_json, seed_for, seeded, sha256)
 from .data import (CORPORA, PROBLEM_ALPHABET, SPLITS, WORDINGS, EncodedProblems, addition_problems, char_tokenizer, corpus_path, encode, encode_problems, load_text, mixed_batch, split, split_problems,
@@ -342,9 +342,21 @@ def resume(run: Run) -> None:
     try:
         run.module.load_state_dict(state["model"]); run.optimizer.load_state_dict(state["optimizer"])
         run.step, run.seconds, run.log, run.losses = check_range("step", state["step"], 0, run.recipe.steps + 1), check_number("seconds", state["seconds"]), json.loads(state["log"]), [check_number("losses", loss) for loss in state["losses"]]
-        for entry in run.log: check_number("validation_loss", entry["validation_loss"]), check_range("log", entry["step"], 0, run.step + 1)
+        _check_restored(run, state["model"])
     except Exception as error:
         raise InputError("checkpoint", str(path), f"does not fit the recipe ({' '.join(str(error).split())[:160]}); delete it to train from the start") from error
+
+# %% ../nbs/05_training.ipynb #24d976c1
+def _check_restored(run: Run, stored: Mapping[str, Tensor]) -> None:
+    "An error where the log is not that of a run of so many steps, a weight was stored as another kind of number or is not finite, or what the optimiser remembers of a weight has another shape or is not finite; torch would compute with all of them."
+    steps, names = [entry["step"] for entry in run.log], ["step", "train_loss", "validation_loss", "seconds", *["validation_accuracy"] * bool(run.recipe.wordings)]
+    for entry in run.log: check_range("log", entry["step"], 1, run.step + 1), [check_number(name, entry[name]) for name in names]
+    if type(run.log) is not list or steps != sorted(set(steps)) or len(run.losses) != run.step - max(steps, default=0): raise ValueError("its log is of other steps")
+    for name, weight in run.module.state_dict().items():
+        if stored[name].dtype != weight.dtype or not weight.isfinite().all(): raise ValueError(f"{name} holds no finite {weight.dtype}")
+    for weight, kept in run.optimizer.state.items():
+        if any(value.shape != weight.shape or not value.isfinite().all() for name, value in kept.items() if name != "step"): raise ValueError("what the optimiser remembers is of another shape, or not finite")
+    if any(tuple(group["betas"]) != tuple(run.recipe.betas) for group in run.optimizer.param_groups): raise ValueError("the optimiser has other settings")
 
 # %% ../nbs/05_training.ipynb #216ae1b7
 def steps_done(recipe: Recipe, seed: int) -> int:

@@ -34,7 +34,7 @@ def load_processor(name: str | Path) -> ProcessorMixin:
     folder = model_folder(shipped) if (shipped := shipped_name(name)) else as_path("name", name)
     if folder.is_dir() and not any((folder / file).is_file() for file in ("processor_config.json", "preprocessor_config.json")): raise InputError("name", str(name), "there is no processor_config.json in this folder, so it is no model that reads pictures")
     try: return AutoProcessor.from_pretrained(folder if folder.is_dir() else str(name), trust_remote_code=False)
-    except Exception as error: raise InputError("name", str(name), f"its processor cannot be opened: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
+    except Exception as error: raise InputError("name", str(name), f"its processor cannot be opened: {next(iter(str(error).splitlines()), type(error).__name__)[:200]}") from error
 
 def check_inputs(model: TransformerBridge, inputs: Mapping[str, Any], argument: str = "inputs") -> dict[str, Any]:
     "What a processor made, on the model's device; `InputError` unless `input_ids` `[batch, pos]` and finite `pixel_values` are among it, nothing is padded, and every word is one that the tokenizer knows."

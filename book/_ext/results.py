@@ -8,7 +8,7 @@
 
 The interval, n and how the number was made are shown when the reader points at it. A name that does not exist is a warning, so the
 build fails. In the README a number stands between `<!--res NAME-->` and `<!--/res-->`, and `results/FINDINGS.md` (written by `mechinterp
-report`) between `<!--findings-->` and `<!--/findings-->`; `python book/_ext/results.py` brings both up to date.
+report`), the first finding of each chapter, between `<!--findings-->` and `<!--/findings-->`; `python book/_ext/results.py` brings both up to date.
 """
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def refresh(text: str, root: Path) -> str:
         return match[1] + render(lookup(root, name), spec) + match[4]
     written = root / "results" / "FINDINGS.md"
     page = written.read_text(encoding="utf-8") if written.exists() else ""
-    findings = "".join(re.findall(r"<!--found-->\n(.*?)<!--/found-->", page, re.S)).strip() + "\n"
-    findings = re.sub(r"^#(?=#* )", "##", findings, flags=re.M)     # below the README's own heading
+    chapters = re.findall(r"^## (.+)\n\n- (.+)$", "".join(re.findall(r"<!--found-->\n(.*?)<!--/found-->", page, re.S)), re.M)
+    findings = "".join(f"- **{title}.** {first}\n" for title, first in chapters)
     text = README_FINDINGS.sub(lambda match: match[1] + findings + match[2], text)
     return README_NUMBER.sub(number, text)
 
