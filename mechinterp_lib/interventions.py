@@ -863,15 +863,14 @@ class Replay:
     """The first run of some prompts, from which edited runs are resumed. `keep`: components whose activations are wanted as `kept[component][layer]` (position
     first). `memory`: bytes that a chunk of rows may take, roughly. `exact` is False where the model's blocks cannot be replayed, for the `reason` given; `run` then takes whole forward
     passes. Logits and activations at padding are undefined. The answers are for the model as it is now: once its weights have changed, or hooks have been set on it, another is needed."""
-    reason: str | None
-    logits: Float[Tensor, "batch pos d_vocab"] | Any
-    kept: dict[str, list[Tensor]]; shapes: dict[str, tuple[int, ...]]
-    resid: list[Float[Tensor, "batch pos d_model"]]; call: tuple[tuple, dict[str, Any]]
-    twin: _Twin; layers: list[_Layer]; known: _Known | Any
     run: ClassVar[Callable[..., Tensor]]; activation: ClassVar[Callable[..., Tensor]]
 
     def __init__(self, model: TransformerBridge, tokens: Int[Tensor, "batch pos"], attention_mask: Int[Tensor, "batch pos"] | None = None,
                  keep: Iterable[str] = (), memory: int = MEMORY):
+        self.reason: str | None; self.logits: Float[Tensor, "batch pos d_vocab"] | Any
+        self.kept: dict[str, list[Tensor]]; self.shapes: dict[str, tuple[int, ...]]
+        self.resid: list[Float[Tensor, "batch pos d_model"]]; self.call: tuple[tuple, dict[str, Any]]
+        self.twin: _Twin; self.layers: list[_Layer]; self.known: _Known | Any
         self.modules = check_model(model)
         self.model, self.memory, self.reason = model, check_range("memory", memory, 2**20, 2**50), None
         self.tokens, self.attention_mask = check_tokens(model, tokens, attention_mask)
