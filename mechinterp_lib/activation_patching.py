@@ -119,7 +119,7 @@ def _count(*ids: Tensor) -> int | None:
     if len(sizes) > 1: raise InputError("wrong", f"{len(ids[1])} tokens", f"allowed: one, or one for each of the {len(ids[0])} answers")
     return sizes.pop() if sizes else None
 
-def logit_diff(model: TransformerBridge, answer, wrong, position: int = -1) -> Metric:
+def logit_diff(model: TransformerBridge, answer: str | int | Sequence | Int[Tensor, "answer"], wrong: str | int | Sequence | Int[Tensor, "answer"], position: int = -1) -> Metric:
     "The logit of `answer` minus that of `wrong` at `position`; both are a token, or one for each prompt."
     import torch
     good, bad = answer_ids(model, answer), answer_ids(model, wrong, "wrong")
@@ -132,7 +132,7 @@ def logit_diff(model: TransformerBridge, answer, wrong, position: int = -1) -> M
     return Metric("logit difference", "nats", of, _one_position(position), vocab, _count(good, bad))
 
 # %% ../nbs/07_activation_patching.ipynb #be19127b
-def log_probability(model: TransformerBridge, answer, position: int = -1) -> Metric:
+def log_probability(model: TransformerBridge, answer: str | int | Sequence | Int[Tensor, "answer"], position: int = -1) -> Metric:
     "The log-probability of `answer` at `position`, in nats."
     import torch
     ids = answer_ids(model, answer)
@@ -141,7 +141,7 @@ def log_probability(model: TransformerBridge, answer, position: int = -1) -> Met
         return logits[:, 0].log_softmax(-1)[torch.arange(len(logits), device=logits.device), _for_rows(ids, prompts)]
     return Metric("log-probability", "nats", of, _one_position(position), None, _count(ids))
 
-def probability(model: TransformerBridge, answer, position: int = -1) -> Metric:
+def probability(model: TransformerBridge, answer: str | int | Sequence | Int[Tensor, "answer"], position: int = -1) -> Metric:
     "The probability of `answer` at `position`."
     log = log_probability(model, answer, position)
     return replace(log, name="probability", unit="", of=lambda logits, prompts: log.of(logits, prompts).exp())

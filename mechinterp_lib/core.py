@@ -9,7 +9,11 @@ import ast, contextlib, errno, functools, hashlib, json, math, numbers, os, plat
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
 
 # %% auto #0
 __all__ = ['PICTURES', 'InputError', 'check_choice', 'check_range', 'check_number', 'check_suffix', 'home', 'model_roots',
@@ -193,7 +197,7 @@ def seed_for(*parts: object) -> int:
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
-def generator(*parts: object, device: str = "cpu"):
+def generator(*parts: object, device: str = "cpu") -> torch.Generator:
     "A `torch.Generator` seeded by `seed_for(*parts)`."
     import torch
     return torch.Generator(device=device).manual_seed(seed_for(*parts))
@@ -246,7 +250,7 @@ def pick_device(device: str | None = None) -> str:
     if not have.get(kind): raise InputError("device", device, f"this machine has: {', '.join(n for n, t in have.items() if t)}")
     return str(device)
 
-def pick_dtype(dtype: Any = None):
+def pick_dtype(dtype: Any = None) -> torch.dtype:
     "A `torch.dtype` from a dtype, its name, or `None` (float32)."
     import torch
     if dtype is None: return torch.float32
@@ -417,7 +421,7 @@ def load_results(experiment: str, folder: str | Path | None = None) -> dict[str,
     except (TypeError, AttributeError, InputError) as error:
         raise InputError("path", str(path), f"not a summary of results ({error}); restore it, or remove the folder and make all again with: mechinterp run {experiment}") from error
 
-def load_table(experiment: str, name: str, folder: str | Path | None = None):
+def load_table(experiment: str, name: str, folder: str | Path | None = None) -> pd.DataFrame:
     "A table of an experiment as a pandas frame."
     import pandas as pd
     path = Path(folder or results_dir(experiment)) / f"{_plain('table', name)}.csv"

@@ -153,7 +153,7 @@ def moving_heads(model: TransformerBridge, questions: Sequence[Question], low: f
     layers, tables = [layer for layer, level in levels.items() if low <= level <= high] or [min(levels, key=lambda layer: abs(levels[layer] - (low + high) / 2))], []
     for number, question in enumerate(questions):
         right, wrong = (answer and answer_token(model, question.prompt, answer) for answer in (question.answer, question.wrong))
-        metric = log_probability(model, right) if wrong is None else logit_diff(model, right, wrong)
+        metric = log_probability(model, right) if wrong is None else logit_diff(model, right, wrong)  # type: ignore[arg-type]  # no answer is empty
         found = ablation_scan(model, question.prompt, layers=layers, metric=metric).to_frame()
         tables.append(found.assign(question=number, depth=found.layer.map(levels), of=metric.name)[["question", "layer", "head", "depth", "of", "effect"]])
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["question", "layer", "head", "depth", "of", "effect"])

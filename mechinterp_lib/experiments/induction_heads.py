@@ -536,7 +536,7 @@ def _places_of(rows: pd.DataFrame) -> dict[str, list[float]]:
     largest = {name: [float(share.loc[share.abs().idxmax()]) for _, share in rows[chosen].groupby("seed").share] for name, chosen in named.items()}
     return largest | {"the_rest": [abs(share) for share in largest["the_rest"]]}
 
-def patching_figure(maps: pd.DataFrame, exchange: str = "first", direction: str = "denoise"):
+def patching_figure(maps: pd.DataFrame, exchange: str = "first", direction: str = "denoise") -> Figure:
     "The share that each layer's attention carries at each position, mean over seeds, one row a layer of each family."
     from mechinterp_lib.plots import heatmap
     shown = maps.query("exchange == @exchange and direction == @direction", local_dict={"exchange": exchange, "direction": direction})
@@ -773,7 +773,7 @@ def analysis(table: pd.DataFrame) -> dict:
             for (family, seed), heads in table.groupby(["model", "seed"])}
 
 # %% ../../nbs/20_induction_heads.ipynb #2c7e3765
-def attention_figure(name: str = "induction-2l/seed0", length: int = 20):
+def attention_figure(name: str = "induction-2l/seed0", length: int = 20) -> Figure:
     "The attention of a model's best previous-token head and best induction head on a random string of distinct letters, read twice."
     from mechinterp_lib.plots import attention_grid
     model = load_model(name, device="cpu")
