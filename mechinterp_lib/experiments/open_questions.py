@@ -37,8 +37,8 @@ __all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS
            'GRID', 'FIRM', 'SUMS', 'COPIES', 'TOLD', 'STAGES', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task',
            'found_circuit', 'said_right', 'overlap', 'parts', 'moment', 'last_moment', 'followed', 'evolution_of',
            'summed_up', 'risk', 'told', 'confidence', 'failing_sums', 'failing_copies', 'half_trained', 'copiers',
-           'failures_of', 'evolution_stage', 'failures_stage', 'Claim', 'claim_table', 'firm_stage', 'grid_of',
-           'agreement', 'smallest_stage', 'runs_missing', 'predictions_stage', 'findings']
+           'failures_of', 'evolution_stage', 'kept_stage', 'failures_stage', 'Claim', 'claim_table', 'firm_stage',
+           'grid_of', 'agreement', 'smallest_stage', 'runs_missing', 'predictions_stage', 'findings']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -272,6 +272,12 @@ def evolution_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     in_parallel(grown, _course_runs(), "training")
     return gathered(evolution_of, [subject for task in courses() for subject in followed(task, FOLLOWED)], EVOLUTION, _kept_apart)
 
+def kept_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The same of the seeds that were kept closed; its tables stand beside those of the others."
+    in_parallel(grown, _kept_runs(), "training")
+    results, tables = gathered(evolution_of, [subject for task in courses() for subject in followed(task, CONFIRMED)], EVOLUTION, _kept_apart)
+    return results, {f"kept_{name}": table for name, table in tables.items()}
+
 def failures_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Where the shipped models are wrong, and what tells it."
     import pandas as pd
@@ -408,7 +414,7 @@ AGREEMENT = {"together": "share of models of the copying grid in which the best 
              "copying_rank": "rank correlation of the share copied and the best induction score", "addition_rank": "rank correlation of the share of right sums and the attention of the best head to the two tens"}
 
 # %% ../../nbs/27_open_questions.ipynb #293f2b66
-FOLLOWED = [*EXPLORED]                                                                         # the confirmation seeds are asked when all else is settled
+FOLLOWED = [*EXPLORED]                                                                         # the confirmation seeds have a stage of their own
 _SHARE = (0.0, 1.0)
 EVOLUTION = {"moments": ("moments of training that were looked at", "", None), "onset": ("step from which on clean and corrupted prompts differ by a quarter of what they do at the end", "steps", None), "onset_skill": ("share of fresh prompts right at onset", "", _SHARE),
              "end_skill": ("share of fresh prompts right at the end", "", _SHARE), "end_own": ("share of the difference that the last circuit does, on pairs that did not choose it", "", None), "end_edges": ("edges of the last circuit", "edges", None), "end_edge_share": ("the same as a share of all edges", "", _SHARE),
@@ -453,20 +459,23 @@ SUMS = {"13": ("confidence tells 0.8, the circuit 0.7, difficulty 0.6, in this o
 COPIES = {"14": ("confidence tells more than the circuit, the circuit more than difficulty, and at least 0.7", lambda of: (of.circuit >= 0.7) & (of.confidence > of.circuit) & (of.circuit > of.difficulty))}
 TOLD = {"15": ("the circuit adds less than 0.02 to confidence", lambda of: of.gain < 0.02), "16": ("the circuit tells more than the control by 0.05", lambda of: of.over_control >= 0.05)}
 
-_TABLES = ("evolution_seeds", "claims", "failures_seeds")
+_TABLES = ("evolution_seeds", "kept_evolution_seeds", "grid_seeds", "claims", "failures_seeds")
 
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How often each prediction held, on the models that were explored and on those that were kept."
     import pandas as pd
-    course, claims, failures = (load_table(EXPERIMENT, name) for name in _TABLES)
+    explored, kept, grids, claims, failures = (load_table(EXPERIMENT, name) for name in _TABLES)
+    course = pd.concat([explored, kept], ignore_index=True)
     firm = pd.DataFrame([{"model": "claims", "seed": 0, "name": name, "value": value} for name, value in (("in_all", (claims.holds == claims.seeds).mean()), ("steady", (claims.varies < 0.25).mean()))])
     sums = failures.model.str.endswith("early")
-    asked = [(course, COURSE, _kept_apart), (course[course.model == "copying"], PARTS, _kept_apart), (firm, FIRM, _kept_apart), (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies)]
+    asked = [(course, COURSE, _kept_apart), (course[course.model == "copying"], PARTS, _kept_apart), (grids, GRID, _kept_apart), (firm, FIRM, _kept_apart), (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies)]
     results = {name: result for table, predicted, group in asked for name, result in as_predicted(table, predicted, group).items()}
     return results, {}
 
 # %% ../../nbs/27_open_questions.ipynb #808e8f4e
 def _course_runs() -> list[tuple[Recipe, int, int]]: return [(recipe, seed, until) for recipe, until in courses().values() for seed in FOLLOWED]
+
+def _kept_runs() -> list[tuple[Recipe, int, int]]: return [(recipe, seed, until) for recipe, until in courses().values() for seed in CONFIRMED]
 
 def _grid_runs() -> list[tuple[Recipe, int, int]]: return [(grid_recipe(*size), seed, grid_recipe(*size).steps) for seed in GRID_SEEDS for size in grid()]
 
@@ -474,10 +483,11 @@ def _claim_files() -> list[Path]: return sorted({path for claim in CLAIMS for pa
 
 STAGES = {
     "evolution": Stage(evolution_stage, {"pairs": PAIRS, "random": RANDOM}, FOLLOWED, list, lambda: runs_missing(_course_runs()), trains=True),
+    "kept": Stage(kept_stage, {"pairs": PAIRS, "random": RANDOM}, CONFIRMED, list, lambda: runs_missing(_kept_runs()), trains=True),
     "smallest": Stage(smallest_stage, {"layers": list(LAYERS), "heads": list(HEADS), "widths": list(WIDTHS)}, GRID_SEEDS, list, lambda: runs_missing(_grid_runs()), trains=True),
     "firm": Stage(firm_stage, {"claims": len(CLAIMS)}, range(10), _claim_files),
     "failures": Stage(failures_stage, {"prompts": PROMPTS, "texts": TEXTS}, range(10), partial(subject_files, ("addition-gpt2", "addition-qwen", "shakespeare-induction", "induction-2l"), "tinyshakespeare"), corpus_missing),
-    "predictions": Stage(predictions_stage, {"predictions": len(COURSE | PARTS | FIRM | SUMS | COPIES | TOLD)}, range(10), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES)),
+    "predictions": Stage(predictions_stage, {"predictions": len(COURSE | PARTS | GRID | FIRM | SUMS | COPIES | TOLD)}, range(10), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES)),
 }
 
 # %% ../../nbs/27_open_questions.ipynb #1f78ed33
