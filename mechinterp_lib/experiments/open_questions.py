@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS', 'WIDTHS', 'PAIRS', 'RANDOM', 'PROMPTS',
-           'TEXTS', 'SETS', 'LEAST', 'CLAIMS', 'AGREEMENT', 'FOLLOWED', 'EVOLUTION', 'FAILURES', 'COURSE', 'PARTS',
-           'GRID', 'FIRM', 'SUMS', 'COPIES', 'TOLD', 'STAGES', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task',
-           'found_circuit', 'said_right', 'overlap', 'parts', 'moment', 'last_moment', 'followed', 'evolution_of',
-           'summed_up', 'risk', 'told', 'confidence', 'failing_sums', 'failing_copies', 'half_trained', 'copiers',
-           'failures_of', 'evolution_stage', 'kept_stage', 'failures_stage', 'Claim', 'claim_table', 'firm_stage',
-           'grid_of', 'agreement', 'smallest_stage', 'runs_missing', 'predictions_stage', 'findings']
+           'TEXTS', 'SETS', 'LEAST', 'CLAIMS', 'AGREEMENT', 'LONGER', 'TIMES', 'FOLLOWED', 'EVOLUTION', 'FAILURES',
+           'COURSE', 'PARTS', 'GRID', 'MORE', 'FIRM', 'SUMS', 'COPIES', 'TOLD', 'STAGES', 'courses', 'grid_recipe',
+           'grid', 'grown', 'course_task', 'found_circuit', 'said_right', 'overlap', 'parts', 'moment', 'last_moment',
+           'followed', 'evolution_of', 'summed_up', 'risk', 'told', 'confidence', 'failing_sums', 'failing_copies',
+           'half_trained', 'copiers', 'failures_of', 'evolution_stage', 'kept_stage', 'failures_stage', 'Claim',
+           'claim_table', 'firm_stage', 'looks_behind', 'grid_of', 'agreement', 'copiers_with_heads', 'smallest_stage',
+           'longer_recipe', 'longer_of', 'longer_stage', 'runs_missing', 'predictions_stage', 'findings']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -377,12 +378,19 @@ def firm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
             "claims_worst": Result(float(held.min()), float(held.min()), float(held.min()), int(table.seeds[held.argmin()]), int(table.seeds[held.argmin()]), "", "share of seeds in which the least firm claim holds; no interval: the least of all is told")}, {"claims": table.round(4), "claim_seeds": seeds.round(4)}
 
 # %% ../../nbs/27_open_questions.ipynb #85c1e8cf
+def looks_behind(model: TransformerBridge, length: int = 24) -> dict[str, float]:
+    "Of the head that looks most at the four places behind the earlier occurrence of what it stands on, in the second copy of random strings: that attention, and which of the places gets most of it."
+    import torch
+    patterns, at = extract_attention(model, repeated_random(128, length, model.cfg.d_vocab, generator(EXPERIMENT, "behind"))).patterns, torch.arange(length, 2 * length - 1)
+    paid = torch.tensor([[[patterns[layer, head][:, at, at - length + k].mean() for k in range(1, 5)] for head in range(model.cfg.n_heads)] for layer in range(model.cfg.n_layers)]).flatten(0, 1)
+    return {"behind": float(paid.sum(-1).max()), "place": 1.0 + float(paid[paid.sum(-1).argmax()].argmax())}
+
 def grid_of(run: tuple[int, tuple[str, int, int, int]]) -> dict:
     "How well one model of a grid does its task, and its mechanism."
     seed, (task, layers, heads, width) = run
     recipe = grid_recipe(task, layers, heads, width)
     (_, model), = moments(recipe, seed, [recipe.steps])
-    return {"task": task, "layers": layers, "heads": heads, "width": width, "seed": seed, "parameters": sum(weight.numel() for weight in model.original_model.parameters())} | parts(task, model, "bare")
+    return {"task": task, "layers": layers, "heads": heads, "width": width, "seed": seed, "parameters": sum(weight.numel() for weight in model.original_model.parameters())} | parts(task, model, "bare") | (looks_behind(model) if task == "copying" else {})
 
 def agreement(of: pd.DataFrame) -> dict[str, float]:
     "Of the grids of one seed: how often a mechanism is there just where a capability is, and the rank correlations of the two."
@@ -390,6 +398,13 @@ def agreement(of: pd.DataFrame) -> dict[str, float]:
     copying, sums = of[of.task == "copying"], of[of.task == "addition"]
     return {"together": float(((copying.induction >= 0.25) == (copying.skill >= 0.5)).mean()), "copying_rank": float(spearmanr(copying.skill, copying.induction).statistic), "addition_rank": float(spearmanr(sums.skill, sums.routing).statistic)}
 
+def copiers_with_heads(table: pd.DataFrame) -> dict[str, Result]:
+    "Of the models of the copying grid that copy half or more, and of the others, how many have a head with an induction score of at least 0.25."
+    copying = table[table.task == "copying"]
+    able, has = copying.skill >= 0.5, copying.induction >= 0.25
+    return {key("grid", name): rate_result(int((has & which).sum()), int(which.sum()), unit="", how=f"share of the models {of} in which a head has an induction score of at least 0.25") for name, which, of in (("able", able, "that copy half or more"), ("unable", ~able, "that copy less than half"))}
+
+# %% ../../nbs/27_open_questions.ipynb #41e0d94c
 def smallest_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Train what is missing of the grids, and ask every model."
     import pandas as pd
@@ -399,8 +414,9 @@ def smallest_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     by_seed = {seed: agreement(of) | {_size_key(*size): skill for *size, skill in of[["task", "layers", "heads", "width", "skill"]].itertuples(index=False)} for seed, of in table.groupby("seed")}
     numbers = pd.DataFrame([{"model": "grid", "seed": seed, "name": name, "value": value} for seed, of in by_seed.items() for name, value in of.items()])
     results = {key("grid", name): over_seeds([np.array([value]) for value in of.value], _of_grid(name), bounds=(-1.0, 1.0) if "rank" in name else (0.0, 1.0)) for name, of in numbers.groupby("name", sort=False)}
-    return results, {"grid": table.round(4), "grid_seeds": numbers.round(4)}
+    return results | copiers_with_heads(table), {"grid": table.round(4), "grid_seeds": numbers.round(4)}
 
+# %% ../../nbs/27_open_questions.ipynb #6ac176e9
 def _size_key(task: str, layers: int, heads: int, width: int) -> str: return f"{task}_{layers}x{heads}x{width}"
 
 def _of_grid(name: str) -> str:
@@ -412,6 +428,30 @@ def _of_grid(name: str) -> str:
 
 AGREEMENT = {"together": "share of models of the copying grid in which the best induction score is at least 0.25 just where half or more is copied",
              "copying_rank": "rank correlation of the share copied and the best induction score", "addition_rank": "rank correlation of the share of right sums and the attention of the best head to the two tens"}
+
+# %% ../../nbs/27_open_questions.ipynb #04af9a44
+LONGER, TIMES = ((2, 1, 64), (2, 4, 64)), 4
+
+def longer_recipe(layers: int, heads: int, width: int) -> Recipe:
+    "The recipe of a model of the copying grid with more steps."
+    of = grid_recipe("copying", layers, heads, width)
+    return replace(of, name=f"{of.name}-longer", steps=TIMES * of.steps, snapshots=(TIMES * of.steps,))
+
+def longer_of(run: tuple[int, tuple[int, int, int]]) -> dict:
+    "How well a model that was trained for longer copies, and its heads."
+    seed, size = run
+    recipe = longer_recipe(*size)
+    (_, model), = moments(recipe, seed, [recipe.steps])
+    return dict(zip(("layers", "heads", "width"), size)) | {"seed": seed} | parts("copying", model) | looks_behind(model)
+
+def longer_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Train two sizes of the copying grid for longer, and ask them."
+    import pandas as pd
+    in_parallel(grown, _longer_runs(), "training")
+    table = pd.DataFrame(in_parallel(longer_of, [(seed, size) for seed in GRID_SEEDS for size in LONGER]))
+    numbers = pd.DataFrame([{"model": "grid", "seed": row.seed, "name": f"longer_{row.layers}x{row.heads}x{row.width}", "value": row.skill} for row in table.itertuples()])
+    results = {key("grid", name): over_seeds([np.array([value]) for value in of.value], f"share of fresh random strings copied after {TIMES} times as many steps: layers, heads and width are {name.removeprefix('longer_')}", bounds=(0.0, 1.0)) for name, of in numbers.groupby("name", sort=False)}
+    return results, {"longer": table.round(4), "longer_seeds": numbers.round(4)}
 
 # %% ../../nbs/27_open_questions.ipynb #293f2b66
 FOLLOWED = [*EXPLORED]                                                                         # the confirmation seeds have a stage of their own
@@ -454,21 +494,22 @@ GRID = {"5": ("no model of one layer copies half", lambda of: _sizes(of, "copyin
         "9": ("one layer of four heads adds half and none 99%, two layers add 99%, width 8 less than half", lambda of: (of.addition_1x4x64 >= 0.5) & (_sizes(of, "addition", [1]).max(axis=1, skipna=False) < 0.99) & (of.addition_2x4x64 >= 0.99) & (_sizes(of, "addition", widths=[8]).max(axis=1, skipna=False) < 0.5)),
         "10": ("one layer of four heads adds more than two of one head", lambda of: of.addition_1x4x64 > of.addition_2x1x64),
         "11": ("skill and routing have a rank correlation of 0.7", lambda of: of.addition_rank >= 0.7)}
+MORE = {"17": ("with more steps two layers of width 64 copy nine tenths, with one head a layer and with four", lambda of: (of.longer_2x1x64 >= 0.9) & (of.longer_2x4x64 >= 0.9))}
 FIRM = {"12": ("four fifths of the claims hold in all seeds, and three quarters vary by less than a quarter", lambda of: (of.in_all >= 0.8) & (of.steady >= 0.75))}
 SUMS = {"13": ("confidence tells 0.8, the circuit 0.7, difficulty 0.6, in this order", lambda of: (of.confidence >= 0.8) & (of.circuit >= 0.7) & (of.difficulty >= 0.6) & (of.confidence > of.circuit) & (of.circuit > of.difficulty))}
 COPIES = {"14": ("confidence tells more than the circuit, the circuit more than difficulty, and at least 0.7", lambda of: (of.circuit >= 0.7) & (of.confidence > of.circuit) & (of.circuit > of.difficulty))}
 TOLD = {"15": ("the circuit adds less than 0.02 to confidence", lambda of: of.gain < 0.02), "16": ("the circuit tells more than the control by 0.05", lambda of: of.over_control >= 0.05)}
 
-_TABLES = ("evolution_seeds", "kept_evolution_seeds", "grid_seeds", "claims", "failures_seeds")
+_TABLES = ("evolution_seeds", "kept_evolution_seeds", "grid_seeds", "longer_seeds", "claims", "failures_seeds")
 
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How often each prediction held, on the models that were explored and on those that were kept."
     import pandas as pd
-    explored, kept, grids, claims, failures = (load_table(EXPERIMENT, name) for name in _TABLES)
+    explored, kept, grids, longer, claims, failures = (load_table(EXPERIMENT, name) for name in _TABLES)
     course = pd.concat([explored, kept], ignore_index=True)
     firm = pd.DataFrame([{"model": "claims", "seed": 0, "name": name, "value": value} for name, value in (("in_all", (claims.holds == claims.seeds).mean()), ("steady", (claims.varies < 0.25).mean()))])
     sums = failures.model.str.endswith("early")
-    asked = [(course, COURSE, _kept_apart), (course[course.model == "copying"], PARTS, _kept_apart), (grids, GRID, _kept_apart), (firm, FIRM, _kept_apart), (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies)]
+    asked = [(course, COURSE, _kept_apart), (course[course.model == "copying"], PARTS, _kept_apart), (grids, GRID, _kept_apart), (longer, MORE, _kept_apart), (firm, FIRM, _kept_apart), (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies)]
     results = {name: result for table, predicted, group in asked for name, result in as_predicted(table, predicted, group).items()}
     return results, {}
 
@@ -476,6 +517,8 @@ def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
 def _course_runs() -> list[tuple[Recipe, int, int]]: return [(recipe, seed, until) for recipe, until in courses().values() for seed in FOLLOWED]
 
 def _kept_runs() -> list[tuple[Recipe, int, int]]: return [(recipe, seed, until) for recipe, until in courses().values() for seed in CONFIRMED]
+
+def _longer_runs() -> list[tuple[Recipe, int, int]]: return [(longer_recipe(*size), seed, longer_recipe(*size).steps) for seed in GRID_SEEDS for size in LONGER]
 
 def _grid_runs() -> list[tuple[Recipe, int, int]]: return [(grid_recipe(*size), seed, grid_recipe(*size).steps) for seed in GRID_SEEDS for size in grid()]
 
@@ -485,9 +528,10 @@ STAGES = {
     "evolution": Stage(evolution_stage, {"pairs": PAIRS, "random": RANDOM}, FOLLOWED, list, lambda: runs_missing(_course_runs()), trains=True),
     "kept": Stage(kept_stage, {"pairs": PAIRS, "random": RANDOM}, CONFIRMED, list, lambda: runs_missing(_kept_runs()), trains=True),
     "smallest": Stage(smallest_stage, {"layers": list(LAYERS), "heads": list(HEADS), "widths": list(WIDTHS)}, GRID_SEEDS, list, lambda: runs_missing(_grid_runs()), trains=True),
+    "longer": Stage(longer_stage, {"sizes": [list(size) for size in LONGER], "times": TIMES}, GRID_SEEDS, list, lambda: runs_missing(_longer_runs()), trains=True),
     "firm": Stage(firm_stage, {"claims": len(CLAIMS)}, range(10), _claim_files),
     "failures": Stage(failures_stage, {"prompts": PROMPTS, "texts": TEXTS}, range(10), partial(subject_files, ("addition-gpt2", "addition-qwen", "shakespeare-induction", "induction-2l"), "tinyshakespeare"), corpus_missing),
-    "predictions": Stage(predictions_stage, {"predictions": len(COURSE | PARTS | GRID | FIRM | SUMS | COPIES | TOLD)}, range(10), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES)),
+    "predictions": Stage(predictions_stage, {"predictions": len(COURSE | PARTS | GRID | MORE | FIRM | SUMS | COPIES | TOLD)}, range(10), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES)),
 }
 
 # %% ../../nbs/27_open_questions.ipynb #1f78ed33
