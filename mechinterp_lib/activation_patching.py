@@ -359,7 +359,7 @@ def _normalized_columns(scan: Scan) -> tuple[Float[np.ndarray, "cell"], Float[np
 Scan.to_frame = _to_frame
 
 # %% ../nbs/07_activation_patching.ipynb #71c85c2a
-SAVED_AS = (".csv", *PICTURES)
+SAVED_AS = (".csv", *PICTURES)                                              # how a scan is saved, by suffix
 
 def _as_map(scan: Scan) -> tuple[Float[np.ndarray, "rows columns"], dict[str, Any]]:
     "A scan as a matrix, and how to label it: positions or receivers to the right, layers and heads upwards."
@@ -814,7 +814,7 @@ def slopes(pairs: Pairs, component: str, layers: Sequence[int]) -> list[Float[Te
     return [position_first(component, slope) for slope in found]
 
 # %% ../nbs/07_activation_patching.ipynb #54976099
-TASKS = {"induction": copying_task}
+TASKS = {"induction": copying_task}                                         # tasks that have a name
 
 def as_task(model: TransformerBridge, task: str | Task) -> Task:
     "The task of that name in `TASKS`, or the task itself."

@@ -76,7 +76,7 @@ def parse_answer(text: str) -> int | None:
     found = re.search(r"-?\d+", text)
     return int(found[0]) if found else None
 
-ERRORS = ("dropped carry", "added carry", "off by one", "copied operand", "no number", "other")
+ERRORS = ("dropped carry", "added carry", "off by one", "copied operand", "no number", "other")  # kinds of wrong answers; the first that fits is told
 
 def answer_kind(a: int, b: int, answer: int, said: int | None) -> str:
     "`right`, or the first of `ERRORS` that fits what was said."
@@ -164,7 +164,7 @@ def ask(model: TransformerBridge, problems: pd.DataFrame, place: str, wording: s
     return Asked(problems, whole, at - 1, whole.gather(1, at[:, None])[:, 0], encoded.positions)
 
 # %% ../nbs/14_addition.ipynb #18023d21
-ABLATIONS = ("zero", "mean", "resample")
+ABLATIONS = ("zero", "mean", "resample")                                    # what takes the place of an activation
 
 def parts_of(model: TransformerBridge) -> list[tuple[str, str, int, int | None]]:
     "The parts that are asked about, as (name, component, layer, head): heads layer by layer, and MLPs."
@@ -181,8 +181,8 @@ def ablated(model: TransformerBridge, asked: Asked, method: str) -> dict[str, Fl
     return _scanned(model, lambda component: -ablation_scan(model, asked.rows, component=component, method=method, metric=asked.metric()).changes)
 
 # %% ../nbs/14_addition.ipynb #f2142fce
-PAIRS = ("a_tens", "a_units", "b_tens", "b_units", "carry")
-PAIR_KINDS = (*PAIRS, "a_carry", "b_carry")
+PAIRS = ("a_tens", "a_units", "b_tens", "b_units", "carry")                 # what two problems of a pair differ in
+PAIR_KINDS = (*PAIRS, "a_carry", "b_carry")                                 # and a digit together with the carry that it moves
 
 def place_asked(kind: str) -> str:
     "The place of the answer at which the two problems of a pair differ."

@@ -349,7 +349,7 @@ def find_induction_heads(model: TransformerBridge, n_sequences: int = 64, *, len
     return pd.DataFrame(rows)
 
 # %% ../nbs/08_attention_analysis.ipynb #dbd817c0
-ROLE_LETTERS, _CONTEXT = "()abcdefghij", 48                                                   # what models of known roles read, and how many positions they know
+ROLE_LETTERS, _CONTEXT = "()abcdefghij", 48                                 # what models of known roles read, and how many positions they know
 
 def set_scores(module: nn.Module, layer: int, head: int, *blocks: tuple[str, str, Float[Tensor, "query key"]]) -> None:
     "Let a head of a blank model score a key by `100 * S[query, key]`, summed over `blocks` of (query part, key part, S)."
@@ -465,7 +465,7 @@ def ngram_induction_scores(pattern: Float[Tensor, "batch head query_pos key_pos"
     return targeted_scores(pattern, match_targets(tokens, k).to(pattern.device))
 
 # %% ../nbs/08_attention_analysis.ipynb #d0a8dfdf
-DELIMITERS = (r"(\()[^()]*(\))", r"(\[)[^\[\]]*(\])", r"(\{)[^{}]*(\})", r'(")[^"]*(")', r"\n\n(\S)[^\n:]*(:)\n")
+DELIMITERS = (r"(\()[^()]*(\))", r"(\[)[^\[\]]*(\])", r"(\{)[^{}]*(\})", r'(")[^"]*(")', r"\n\n(\S)[^\n:]*(:)\n")      # what opens and what closes: brackets, quotes, the name of who speaks
 
 def delimiter_targets(names: Sequence[Sequence[str]], rules: Sequence[str] = DELIMITERS) -> Bool[Tensor, "batch query_pos key_pos"]:
     "The token of each closing delimiter (query) and of its opening one (key); `names` are the tokens of each sequence as text. `InputError` for a rule that is no expression with two groups."
@@ -596,7 +596,7 @@ def _leads(logits: Float[Tensor, "member layer head series"], answers: Iterable[
     return ((logits >= at).sum(-1) == 1).float()
 
 # %% ../nbs/08_attention_analysis.ipynb #ec95771b
-ROLES = ("current", "previous", "first", "local", "positional", "duplicate", "induction", "ngram_induction", "delimiter", "copying", "copy_suppression", "successor")
+ROLES = ("current", "previous", "first", "local", "positional", "duplicate", "induction", "ngram_induction", "delimiter", "copying", "copy_suppression", "successor")      # that a head may have
 
 @dataclass(frozen=True)
 class _RoleTexts:

@@ -235,7 +235,7 @@ def _is_of(parts: Sequence[Part], layer: int, component: str) -> bool:
     return bool(parts) and (parts[0].layer, parts[0].component) == (layer, component)
 
 # %% ../nbs/11_circuits.ipynb #31d0af9a
-ABLATIONS = ("corrupted", "mean", "zero")
+ABLATIONS = ("corrupted", "mean", "zero")                                   # what edges outside of a circuit carry
 
 class Runner(_Moves):
     """Runs circuits of a model on a task. `runner(masks)`, masks being bool or weights, or bool nodes `[circuit, sender]`, gives the metric `[circuit, pair]`; `clean` and `corrupted` are those of the whole model, `empty` that without any edge. `ablation`: what an absent edge carries, the sender's output in
@@ -528,7 +528,7 @@ def known_cases(n: int = 24, seeds: Sequence[int] = range(3)) -> Iterator[tuple[
         yield "two branches", branches, Task("branches", one, two, logit_diff(branches, one[:, 6], two[:, 6]), [str(i) for i in range(8)]), [edge for head in (f"L0H{previous}", f"L1H{induction}") for edge in (("embed", f"{head}.v"), (head, "logits"))]
 
 # %% ../nbs/11_circuits.ipynb #130283f0
-FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)     # of all edges: sizes at which faithfulness is measured
 
 def top_edges(scores: Scan, n: int) -> list[tuple[str, str]]:
     "The `n` edges with the largest scores in size, largest first."
@@ -754,7 +754,7 @@ def halves(task: Task) -> tuple[Task, Task]:
     return part(slice(0, None, 2)), part(slice(1, None, 2))
 
 # %% ../nbs/11_circuits.ipynb #e8d060b3
-METHODS = ("path_patching", "exact", "eap", "eap-ig", "acdc")
+METHODS = ("path_patching", "exact", "eap", "eap-ig", "acdc")               # by which edges are scored
 
 def find_circuit(model: TransformerBridge, task: str | Task = "induction", method: str = "eap-ig", *, level: str = "edge", faithfulness: float = 0.9, threshold: float = 0.01, memory: int = MEMORY) -> pd.DataFrame:
     """A circuit for a task, by name or a `Task` of one's own. "exact", "eap" and "eap-ig": the best edges by score, as many as reach `faithfulness` (counts go in steps of about a tenth); "acdc" and "path_patching": what they keep at

@@ -58,7 +58,7 @@ def check_number(argument: str, value: float, above: float = -math.inf, most: fl
     return float(value)
 
 # %% ../nbs/00_core.ipynb #946f7427
-PICTURES = (".html", ".svg", ".png")
+PICTURES = (".html", ".svg", ".png")                                        # suffixes of a saved figure
 
 def check_suffix(argument: str, path: str | Path, allowed: Sequence[str] = PICTURES) -> str:
     "The suffix of `path` in lower case; an `InputError` that lists those that are `allowed`, otherwise."

@@ -37,7 +37,7 @@ CORPORA = {
                       "98b63851593002f0ab706ff1db61fd9f5fd73d89df34970dd66eced9ee954464"),
     "babyllama-105-vocab": ("babyllama-105/tok105.vocab", _GITHUB + "EN10/BabyLlama/master/tok105/tok105.vocab",
                             "e55a336fb620a372a3627c8a1bfeff9de95b3970d2b2eef8b8240da885cbe82c"),
-}
+}      # name of the file, where it comes from, SHA-256
 
 # %% ../nbs/03_data.ipynb #fcb9d945
 def _download(name: str, url: str, target: Path) -> Path:
@@ -185,8 +185,8 @@ _PLUS = {"question": "What is {a} + {b}? Answer:", "sum": "The sum of {a} and {b
 _MINUS = {"question": "What is {a} - {b}? Answer:", "difference": "The difference of {a} and {b} is", "minus": "{a} minus {b} equals",
           "subtract": "Subtract {b} from {a}. Answer:", "bare": "{a}-{b}="}
 WORDINGS = {"add": _PLUS, "subtract": _MINUS, "increment": _PLUS}                   # by operation; an increment adds 1
-PLACES = ("units", "tens", "hundreds", "thousands")
-PROBLEM_ALPHABET = "\n +-.0123456789:=?ASTWabcdefhilmnopqrstuw"
+PLACES = ("units", "tens", "hundreds", "thousands")                         # of a digit
+PROBLEM_ALPHABET = "\n +-.0123456789:=?ASTWabcdefhilmnopqrstuw"             # the characters of all wordings
 
 # %% ../nbs/03_data.ipynb #10b5af94
 def _carries(a: Int[np.ndarray, "row"], b: Int[np.ndarray, "row"], operation: str, digits: int) -> tuple[Bool[np.ndarray, "row place"], Bool[np.ndarray, "row place"]]:
@@ -230,7 +230,7 @@ def addition_problems(a: int | Sequence[int] | Int[np.ndarray, "row"] | None = N
     return pd.DataFrame({"operation": operation, "a": a, "b": b, "answer": a - b if operation == "subtract" else a + b, "carry": carry, "passes": passes})
 
 # %% ../nbs/03_data.ipynb #51eaa4db
-SPLITS = {"train": 5000, "validation": 500, "test": 1000, "confirmation": 1600}
+SPLITS = {"train": 5000, "validation": 500, "test": 1000, "confirmation": 1600}  # how many problems of each
 
 def _checked_problems(problems: pd.DataFrame, *more: str) -> pd.DataFrame:
     "`problems`, if they have the columns that are needed and at least one row, and each its own answer; an `InputError` otherwise."
@@ -304,7 +304,7 @@ def spell(problems: pd.DataFrame, wording: str = "question", reverse: bool = Fal
     prompts = [WORDINGS[operation][wording].format(a=a, b=b) for operation, a, b in zip(problems["operation"], problems["a"], problems["b"])]
     return problems.assign(wording=wording, prompt=prompts, completion=[completion(answer) for answer in problems["answer"]])
 
-PROBLEM_FILES = (".csv", ".jsonl")
+PROBLEM_FILES = (".csv", ".jsonl")                                          # suffixes of a file of problems
 
 def write_problems(problems: pd.DataFrame, path: str | Path) -> Path:
     "Write spelled problems to a `.csv` or `.jsonl` file, whole or not at all; an `InputError` for another suffix."

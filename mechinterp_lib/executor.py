@@ -178,7 +178,7 @@ def _on_cluster(asks: Callable[[Any], Any], items: Sequence[Any], whole: bool = 
     yield from map(_fetched, [run.remote(setting, ray.cloudpickle.dumps((asks, item))) for item in items])
 
 # %% ../nbs/12_executor.ipynb #ef0c5cef
-EXECUTORS = ("local", "ray")
+EXECUTORS = ("local", "ray")                                                # where items can be computed
 
 @contextlib.contextmanager
 def _cluster(address: str) -> Iterator[None]:

@@ -30,7 +30,7 @@ __all__ = ['COMPONENTS', 'TOLERANCE', 'MEMORY', 'hook_name', 'check_tokens', 'ch
 # %% ../nbs/06_interventions.ipynb #2240d37e
 COMPONENTS = {"resid_pre": "hook_resid_pre", "resid_mid": "hook_resid_mid", "resid_post": "hook_resid_post", "attn_out": "hook_attn_out",
               "mlp_out": "hook_mlp_out", "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v", "pattern": "attn.hook_pattern",
-              "z": "attn.hook_z", "post": "mlp.hook_post"}
+              "z": "attn.hook_z", "post": "mlp.hook_post"}      # what can be patched: its name, and the hook in a block
 
 def hook_name(model: TransformerBridge, component: str, layer: int) -> str:
     "The bridge's name of a component, `blocks.3.attn.hook_z`; an `InputError` where the model has no such component or layer, or has it in another form."
@@ -856,8 +856,8 @@ def _group(rows: np.ndarray, prompts: np.ndarray, start: np.ndarray, stop: np.nd
     return _Group(rows, prompts, positions, None if same else positions >= start[:, None], end, kind)
 
 # %% ../nbs/06_interventions.ipynb #dea03fb4
-TOLERANCE = 1e-5
-MEMORY = 256 * 2**20
+TOLERANCE = 1e-5                                                            # largest difference of logits at which two ways to compute them count as one, as a share of the largest logit
+MEMORY = 256 * 2**20                                                        # bytes that a run may take for what it keeps
 
 class Replay:
     """The first run of some prompts, from which edited runs are resumed. `keep`: components whose activations are wanted as `kept[component][layer]` (position

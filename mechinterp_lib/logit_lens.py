@@ -34,8 +34,8 @@ __all__ = ['MODES', 'NORMS', 'Layer', 'check_layers', 'sample_layers', 'depth', 
            'load_tuned_lens', 'fit_tuned_lens', 'stream_contributions', 'direct_logit_attribution']
 
 # %% ../nbs/09_logit_lens.ipynb #dc1bd750
-MODES, NORMS = ("norm", "raw", "tuned"), ("final", "next")
-Layer = int | str
+MODES, NORMS = ("norm", "raw", "tuned"), ("final", "next")                  # how a layer is read, and by which norm
+Layer = int | str                                                           # a layer by number, or "final"
 
 def check_layers(model: TransformerBridge, layers: Iterable[Layer] | None = None) -> list[Layer]:
     "Layers to read, lowest first: `embed` and the numbers of blocks; all of them for None. `InputError` for others, or none."

@@ -44,7 +44,7 @@ def _hf_config(name: str, fields: Mapping):
     return config_class(**{"bos_token_id": None, "eos_token_id": None, **fields})
 
 # %% ../nbs/04_models.ipynb #48245df0
-NATIVE, LENS_FILE = "TransformerLensNative", "tuned_lens.safetensors"      # the lens belongs to the weights: new weights take its place
+NATIVE, LENS_FILE = "TransformerLensNative", "tuned_lens.safetensors"      # what a configuration names for TransformerLens's own class; the lens beside the weights, which goes when they change
 _NATIVE_FIELDS = ("d_vocab", "n_ctx", "d_model", "n_layers", "n_heads", "d_head")
 
 def _native_config(fields: Mapping, normalization: str | None = "LN"):
@@ -409,7 +409,7 @@ def list_models() -> list[str]:
 
 # %% ../nbs/04_models.ipynb #08d4eeab
 SHIPPED = {"addition-gpt2": "seed[0-9](-early)?", "addition-qwen": "seed[0-9](-early)?", "induction-2l": "seed[0-4]", "shakespeare": "seed0", "shakespeare-induction": "seed[0-4]",
-           "shakespeare-small": "seed[0-4]", "shapes": "seed[0-2]", "sae-shakespeare": "layer[24]/seed[0-2]", "sae-shakespeare-untrained": "layer[24]/seed0"}
+           "shakespeare-small": "seed[0-4]", "shapes": "seed[0-2]", "sae-shakespeare": "layer[24]/seed[0-2]", "sae-shakespeare-untrained": "layer[24]/seed0"}      # families, and which of each
 
 def elsewhere() -> str:
     "The models that this installation carries, and where the others are."
@@ -700,7 +700,7 @@ MODEL_FAMILIES = [
     Family("DeepSeek-V3", "a checkpoint in 16 or 32 bits", "DeepseekV3ForCausalLM", scans="q, k, v: a whole pass each", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts"),
     Family("LLaVA", "llava-hf/llava-1.5-7b-hf", "LlavaForConditionalGeneration"),
     Family("DeepSeek-VL", "deepseek-community/deepseek-vl-1.3b-chat", "DeepseekVLForConditionalGeneration"),
-    Family("DeepSeek-VL2", "deepseek-ai/deepseek-vl2-small, deepseek-vl2-tiny, deepseek-vl2", "DeepseekVLV2ForCausalLM", scans="q, k, v: a whole pass each, but in tiny", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts")]
+    Family("DeepSeek-VL2", "deepseek-ai/deepseek-vl2-small, deepseek-vl2-tiny, deepseek-vl2", "DeepseekVLV2ForCausalLM", scans="q, k, v: a whole pass each, but in tiny", neurons="in dense layers", edges="in 16 bits it may be refused: rounding sends tokens to other experts")]      # what can be opened, and what can be asked of it
 
 def families_table() -> pd.DataFrame:
     "A row for each family: where its models come from, their class, and whether each analysis is there."

@@ -25,7 +25,7 @@ __all__ = ['GREY', 'COLOURS', 'WIDTH', 'save_figure', 'line_plot', 'interval_plo
            'picture_grid', 'circuit_diagram', 'interactive_heatmap', 'HtmlFigure', 'attention_view']
 
 # %% ../nbs/02_plots.ipynb #6be47cff
-GREY = "#797979"
+GREY = "#797979"                                                            # of references and nulls
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # blue, vermillion, green, purple, sky, orange
 _STYLES = ("-", "--", ":", "-.")
 WIDTH = 5.6  # inches

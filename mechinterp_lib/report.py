@@ -17,7 +17,7 @@ __all__ = ['EXPERIMENTS', 'experiment', 'changes', 'verified', 'fingerprint', 'c
            'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere', 'findings_page']
 
 # %% ../nbs/19_report.ipynb #467927fb
-EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "open_questions": "Open questions", "method_validation": "Method validation"}      # and what their findings are headed
+EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "open_questions": "Open questions", "method_validation": "Method validation"}      # by module: what their findings are headed
 
 def experiment(name: str) -> Any:
     "The module of an experiment; an `InputError` for a name that there is not."
@@ -53,8 +53,8 @@ def outdated(name: str, stage: str) -> list[str]:
 
 # %% ../nbs/19_report.ipynb #8188537e
 def largest_move(stored: Mapping[str, Result], again: Mapping[str, Result]) -> tuple[float, str]:
-    "The largest change of a value as a share of the stored one, and of which."
-    moves = [(abs(again[name].value - old.value) / max(abs(old.value), 1e-12) if again[name].value != old.value else 0.0, name) for name, old in stored.items() if name in again]
+    "The largest change of a value as a share of the stored one (of a hundredth, where that is less: rounding errors have no share), and of which."
+    moves = [(abs(again[name].value - old.value) / max(abs(old.value), 0.01) if again[name].value != old.value else 0.0, name) for name, old in stored.items() if name in again]
     return max(moves, default=(0.0, ""))
 
 def verify_stage(name: str, stage: str, work: Stage) -> dict:
@@ -105,7 +105,7 @@ def verified_page() -> str:
             if again: rows.append(f"| {EXPERIMENTS[name]} | {stage} | {again['n']:,} | {len(again['differences'])} | {100 * again['moved']:.2g}% | {again['seconds'] / 60:.1f} |")
             else: undone.append(f"| {EXPERIMENTS[name]} | {stage} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} |")
     done = [again for stages in verified().values() for again in stages.values()]
-    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again from the models, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it.", "",
+    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again from the models, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it and a ten-thousandth.", "",
                       "| experiment | stage | numbers | differ | largest move | minutes |", "|---|---|---|---|---|---|", *rows, "", "Not made again yet: what needs trainings that are not kept, or more than an hour.", "", "| experiment | stage | numbers | minutes it took |", "|---|---|---|---|", *undone, ""])
 
 # %% ../nbs/19_report.ipynb #50f1a3b4

@@ -190,7 +190,7 @@ def check_sae(sae: SAE, model: TransformerBridge) -> str:
     return hook_name
 
 # %% ../nbs/12_sae.ipynb #215a62ea
-ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard")
+ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "standard")               # of autoencoders, as sae-lens names them
 
 def new_sae(architecture: str, d_in: int, d_sae: int, k: float, l1: float, steps: int, seed: int, device: str) -> TrainingSAE:
     "An autoencoder that has learned nothing yet, with sae-lens's class for it."

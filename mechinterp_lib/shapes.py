@@ -28,10 +28,10 @@ __all__ = ['COLOURS', 'SHAPES', 'PLACES', 'QUESTIONS', 'SIZE', 'PATCH', 'WORDS',
            'train_shapes', 'right_answers']
 
 # %% ../nbs/18_shapes.ipynb #68a20be3
-COLOURS = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95), "yellow": (0.95, 0.85, 0.15), "purple": (0.6, 0.2, 0.75), "cyan": (0.2, 0.85, 0.85)}
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
-PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
-QUESTIONS = ("colour", "shape", "place", "count")
+COLOURS = {"red": (0.9, 0.15, 0.15), "green": (0.15, 0.75, 0.2), "blue": (0.2, 0.3, 0.95), "yellow": (0.95, 0.85, 0.15), "purple": (0.6, 0.2, 0.75), "cyan": (0.2, 0.85, 0.85)}      # of shapes, each as red, green and blue
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")           # of a world
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")           # the quarters of a picture
+QUESTIONS = ("colour", "shape", "place", "count")                           # kinds of question
 SIZE, PATCH = 32, 8                                                                              # pixels
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +144,8 @@ def draw_pictures(scenes: Scenes, draw: torch.Generator, fine: int = 3) -> Pictu
     return Pictures((pixels * 255).round() / 255, torch.stack(touched, 1))
 
 # %% ../nbs/18_shapes.ipynb #7aad4c1d
-WORDS = ("<pad>", "<image>", "what", "colour", "shape", "is", "the", "where", "how", "many", "are", "?", *COLOURS, *SHAPES, *PLACES, "0", "1", "2", "3")
-N_PATCHES = (SIZE // PATCH) ** 2
+WORDS = ("<pad>", "<image>", "what", "colour", "shape", "is", "the", "where", "how", "many", "are", "?", *COLOURS, *SHAPES, *PLACES, "0", "1", "2", "3")      # the vocabulary
+N_PATCHES = (SIZE // PATCH) ** 2                                            # patches of a picture
 
 @lru_cache(maxsize=1)
 def shapes_tokenizer() -> PreTrainedTokenizerFast:
@@ -180,7 +180,7 @@ class ShapesRecipe(Recipe):
     blind_share: float = 0.5
 
 SHAPES_RECIPE = ShapesRecipe("shapes", {"class": "LlavaForConditionalGeneration", "layers": 3, "tower_width": 96, "width": 128, "heads": 4, "initializer_range": 0.08}, corpus=None, n_ctx=N_PATCHES + 6, steps=6000, batch_size=16, lr=1e-3, min_lr=2e-5,
-                       betas=(0.9, 0.98), weight_decay=0.05, eval_every=250)
+                       betas=(0.9, 0.98), weight_decay=0.05, eval_every=250)      # of the shipped models
 
 def new_shapes_model(seed: int, recipe: ShapesRecipe = SHAPES_RECIPE) -> LlavaForConditionalGeneration:
     "An untrained model of the recipe's architecture; its weights depend on `seed` alone."
@@ -241,8 +241,8 @@ class ShapesRun(Run):
 
 # %% ../nbs/18_shapes.ipynb #014e4750
 PROCESSOR = {"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": PATCH, "num_additional_image_tokens": 0, "vision_feature_select_strategy": "full",
-             "image_processor": {"image_processor_type": "SiglipImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"height": SIZE, "width": SIZE}, "resample": 0, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
-TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "image_token": "<image>", "processor_class": "LlavaProcessor", "model_max_length": 64}
+             "image_processor": {"image_processor_type": "SiglipImageProcessor", "do_convert_rgb": True, "do_resize": True, "size": {"height": SIZE, "width": SIZE}, "resample": 0, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}}      # how a picture becomes numbers, as the file of a processor says it
+TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "image_token": "<image>", "processor_class": "LlavaProcessor", "model_max_length": 64}      # how a question becomes words, likewise
 
 def train_shapes(seed: int, out: str | Path | None = None, *, recipe: ShapesRecipe = SHAPES_RECIPE, until: int | None = None, progress: bool | None = None) -> dict | None:
     "Train (or go on training) a model on pictures, on the processor, and write it with its processor to `out` (default: `model_dir(recipe, seed)`). `until` stops early, without writing a model, and returns None."

@@ -13,7 +13,7 @@ from .core import InputError, Result, check_range
 
 if TYPE_CHECKING: from jaxtyping import Bool, Float
 
-N_RESAMPLES = 10_000
+N_RESAMPLES = 10_000                                                        # of a bootstrap
 _CHUNK = 2**20  # values drawn at once: 8 MiB as indices and 8 MiB as numbers
 
 # %% auto #0

@@ -43,9 +43,9 @@ class Subject:
     corpus: str = "tinyshakespeare"
     trained_share: float = 0.9
 
-PUBLIC_FILES = ("babyllama-105", "babyllama-105-vocab", "tinystories-sample")
-FAMILIES = ("induction-2l", "shakespeare-induction", "shakespeare-small", "shakespeare")
-SIX_LAYERS = FAMILIES[2:]
+PUBLIC_FILES = ("babyllama-105", "babyllama-105-vocab", "tinystories-sample")  # a model that others trained, its vocabulary and its text
+FAMILIES = ("induction-2l", "shakespeare-induction", "shakespeare-small", "shakespeare")  # of models of text
+SIX_LAYERS = FAMILIES[2:]                                                   # those of six layers
 ADDITION = ("addition-gpt2", "addition-qwen")                                              # they add, and read no corpus
 
 def shipped_subjects(families: Sequence[str] = FAMILIES) -> list[Subject]:

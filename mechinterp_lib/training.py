@@ -83,7 +83,7 @@ def _check_recipe(recipe: Recipe) -> None:
 
 # %% ../nbs/05_training.ipynb #77f140dd
 ALPHABET = "\n !$&',-.3:;?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"   # the 65 characters of tinyshakespeare
-SNAPSHOTS = (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 750, *range(1000, 5001, 250))
+SNAPSHOTS = (0, 25, 50, 75, 100, 150, 200, 300, 400, 500, 750, *range(1000, 5001, 250))  # steps at which weights are kept, unless a recipe says otherwise
 
 def gpt2(n_layer: int, n_head: int, n_embd: int, *, dropout: float = 0.1, n_ctx: int = 128, vocab_size: int = 65) -> dict:
     "The architecture of a GPT-2 of the given size over characters."

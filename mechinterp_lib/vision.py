@@ -131,7 +131,7 @@ def tower_points(model: TransformerBridge, inputs: Mapping[str, Any], component:
     return [name for name in [*layers, *ends] if _matters(model, inputs, name, before)]
 
 # %% ../nbs/17_vision.ipynb #396ff9af
-Regions = Mapping[Any, "Bool[Tensor, 'pair place']"]
+Regions = Mapping[Any, "Bool[Tensor, 'pair place']"]      # of the places of each picture, by name
 
 def _check_regions(regions: Regions | None, n: int, places: int) -> Regions:
     "Regions as masks of the right shape; each place by itself for None."

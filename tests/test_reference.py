@@ -33,8 +33,8 @@ def imported(path: Path):
 def test_every_public_name_is_there(path):
     found = entries(path)
     assert set(found) == set(imported(path).__all__)
-    bare = [name for name, entry in found.items() if entry.kind != "data" and not entry.text]
-    assert not bare, "a docstring says what it is for"
+    bare = [name for name, entry in found.items() if not entry.text and (entry.kind != "data" or path.parent.name != "experiments")]
+    assert not bare, "a docstring, or the comment behind a constant, says what it is for"
 
 
 @each_module
