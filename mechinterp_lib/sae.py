@@ -5,7 +5,7 @@
 # %% ../nbs/12_sae.ipynb #2ce20c03
 from __future__ import annotations
 
-import contextlib, hashlib, html, io, itertools, json, math, shutil, tempfile, warnings
+import contextlib, errno, hashlib, html, io, itertools, json, math, shutil, tempfile, warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -107,10 +107,20 @@ def _fits(value: Tensor) -> bool:
     import torch
     return torch.allclose(value.half().float(), value.float(), rtol=1e-3, atol=1e-6 * value.abs().max().item())
 
+@contextlib.contextmanager
+def _disk(path: str | Path) -> Iterator[None]:
+    "In the block a file that sae-lens cannot write, as on a full disk, is an `InputError` that names `path`."
+    from safetensors import SafetensorError
+    try: yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        torchs = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)          # the names of what torch.save writes with
+        if not (torchs or isinstance(error, SafetensorError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)): raise
+        raise InputError("path", str(path), f"could not be written: {' '.join(str(error).split())[:160]}; what was there is intact") from error
+
 def save_sae(sae: SAE, path: str | Path) -> Path:
     "Write an autoencoder to a folder in sae-lens's form, weights in 16 bits (in 32 where they are too large or too small for that)."
     from safetensors.torch import load_file, save
-    with tempfile.TemporaryDirectory() as folder:
+    with _disk(path), tempfile.TemporaryDirectory() as folder:
         getattr(sae, "save_inference_model", sae.save_model)(folder)
         weights, config = load_file(Path(folder) / "sae_weights.safetensors"), read_json(Path(folder) / "cfg.json")
     small = {name: value.half() if _fits(value) else value for name, value in weights.items()}
@@ -217,7 +227,7 @@ def fit_sae(batches: Callable[[int], Iterator[Float[Tensor, "batch d_in"]]], arc
         trainer = _trainer(settings, itertools.chain([first], stream), state, dict(metadata or {}), out is not None, wandb_project)
         with tqdm(total=trainer.cfg.total_training_samples, initial=trainer.n_training_samples, unit="activation", unit_scale=True, desc="sparse autoencoder", disable=None if progress is None else not progress) as bar:
             trainer.data_provider = _counted(trainer.data_provider, bar)
-            with _logged(wandb_project), contextlib.redirect_stderr(io.StringIO()): trained = trainer.fit()     # its own bar moves every hundred steps only
+            with _logged(wandb_project), contextlib.redirect_stderr(io.StringIO()), _disk(folder): trained = trainer.fit()     # its own bar moves every hundred steps only
         if (wanted := settings["k"]) and not 0.5 < (active := trained.cfg.metadata.l0 or wanted) / wanted < 2: warnings.warn(f"{active:.1f} features are active on average, not {wanted:g}: {architecture} learns its thresholds slowly; train longer, or with a higher learning rate", stacklevel=2)
         save_sae(trained, folder)
         shutil.rmtree(state, ignore_errors=True)
