@@ -42,7 +42,7 @@ test: .venv/.ready
 	@echo "2 of 3: the book, warnings as errors"
 	@$(BUILD)
 	@echo "3 of 3: pytest"
-	@$(ENV) MECHINTERP_NEEDS_BOOK=1 pytest
+	@$(ENV) MECHINTERP_NEEDS_BOOK=1 OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
 
 paper: .venv/.ready
 	@$(ENV) python book/_ext/paper.py --columns $(COLUMNS)
