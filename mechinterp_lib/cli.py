@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import InputError, PICTURES, Result, Stage, alone, check_choice, check_folder, check_range, check_target, compare_results, file_hashes, home, load_results, load_stages, model_roots, pick_device, results_dir, run_stage, write_text
+from .core import InputError, PICTURES, Result, Stage, alone, check_choice, check_folder, check_range, check_target, home, load_results, load_stages, model_roots, pick_device, results_dir, run_stage, write_text
 from .executor import executor
 from .models import elsewhere, stream_tokens, token_ids, window_start
-from .report import EXPERIMENTS, experiment as _experiment, findings_page, verified_page, verify_all
+from .report import EXPERIMENTS, changes, experiment as _experiment, findings_page, remember, verified_page, verify_all, verify_stage
 from .start import endable
 
 if TYPE_CHECKING:
@@ -311,17 +311,14 @@ def _run_on(experiment, args: argparse.Namespace) -> int:
 
 
 # %% ../nbs/30_cli.ipynb #b300b72e
-def _verify_stage(name: str, stage: str, work: Stage, record: Mapping, stored: Mapping[str, Result]) -> tuple[int, int]:
-    "Make a stage again and print how it compares; returns how many stored numbers were recomputed, and the differences."
-    now = set(file_hashes(work.inputs()).values())
-    if changed := sorted(key for key, digest in record.get("inputs", {}).items() if digest not in now):
+def _verify_stage(name: str, stage: str, work: Stage, record: Mapping) -> tuple[int, int]:
+    "Make a stage again, print how it compares, and write that down; returns how many stored numbers were recomputed, and the differences."
+    if changed := [what for what in changes(record, work) if not what.startswith("code of ")]:
         print(f"{name}/{stage}: {len(changed)} of its inputs are no longer what they were: {', '.join(changed[:5])}{' ...' if changed[5:] else ''}")
-    again, names = run_stage(name, stage, work, write=False), record["results"]
-    lines = compare_results({key: stored[key] for key in names if key in stored}, again)
-    lines += [f"{key}: named in provenance.json, but in no results" for key in names if key not in stored and key not in again]
-    done = len(again.keys() & stored.keys() & set(names))
-    print(f"{name}/{stage}: {done} numbers recomputed, {len(lines)} differences", *lines, sep="\n  ")
-    return done, len(lines)
+    found = verify_stage(name, stage, work)
+    remember(name, stage, found)
+    print(f"{name}/{stage}: {found['n']} numbers recomputed, {len(found['differences'])} differences", *found["differences"], sep="\n  ")
+    return found["n"], len(found["differences"])
 
 # %% ../nbs/30_cli.ipynb #1feba716
 def _verify(name: str) -> tuple[int, int, int, list[str]]:
@@ -333,7 +330,7 @@ def _verify(name: str) -> tuple[int, int, int, list[str]]:
         elif stage not in work: reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers of a stage that the experiment no longer has")
         elif why := work[stage].missing(): reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers not recomputed: {why}")
         else:
-            some, lines = _verify_stage(name, stage, work[stage], stages[stage], stored)
+            some, lines = _verify_stage(name, stage, work[stage], stages[stage])
             done, wrong = done + some, wrong + lines
             continue
         print(reasons[-1])

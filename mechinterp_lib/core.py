@@ -321,7 +321,7 @@ def provenance(config: Mapping, seeds: Sequence[int], inputs: Iterable[str | Pat
 # %% ../nbs/00_core.ipynb #b010f76c
 def _refuses(node: ast.AST) -> bool:
     "Whether a statement is a docstring, or does nothing but raise, by itself or by `check_...`."
-    if isinstance(node, ast.If): return not node.orelse and all(map(_refuses, node.body))
+    if isinstance(node, ast.If): return not node.orelse and all(map(_refuses, node.body)) and not any(isinstance(part, ast.NamedExpr) for part in ast.walk(node.test))
     if not isinstance(node, ast.Expr): return isinstance(node, ast.Raise)
     return isinstance(node.value, ast.Constant) or isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name) and node.value.func.id.startswith("check_")
 
@@ -368,7 +368,7 @@ def _definitions(package: Path) -> tuple[dict[tuple[str, str], list[tuple[str, s
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("mechinterp_lib.")):
                 for alias in node.names: imported[module, alias.asname or alias.name] = ((node.module or "").removeprefix("mechinterp_lib."), alias.name)
         for node in map(_WhatCounts().visit, tree.body):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else []
             names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]      # `Run.update = ...` belongs to `Run`
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)): names = [node.name]
             for name in names:
@@ -385,11 +385,16 @@ def _used_by(function: Any) -> set[tuple[str, str]]:
     return {(module, name) for name in (function.__code__.co_names if function.__name__ == "<lambda>" else [function.__name__])}
 
 def _aside(module: str, name: str) -> bool:
-    "Whether no number hangs on a definition, or tests of its own hold it: files (their hashes stand beside the numbers), checks, where work is computed, how models are opened."
-    return module == "executor" or module == "core" and name not in ("Result", "seed_for", "generator", "seeded") or module == "models" and name in ("load_model", "as_bridge") or name.lstrip("_").startswith("check_")
+    "Whether no number hangs on a definition, or tests of its own hold it: files (their hashes stand beside the numbers), where work is computed, how models are opened."
+    return module == "executor" or module == "core" and name not in ("Result", "seed_for", "generator", "seeded", "pick_dtype") or module == "models" and name in ("load_model", "as_bridge")
+
+def _given(function: Any) -> list[str]:
+    "What a `partial` gives to its function, or a lambda holds, other than functions."
+    if isinstance(function, functools.partial): return [*_given(function.func), *(repr(value) for value in [*function.args, *function.keywords.values()] if not callable(value))]
+    return [repr(value) for value in function.__code__.co_consts] if getattr(function, "__name__", "") == "<lambda>" else []
 
 def code_hashes(function: Callable, package: Path | None = None) -> dict[str, str]:
-    "For each module of the package a hash of those of its definitions that `function` can reach; annotations, docstrings, what is refused, and what is `_aside`, play no part."
+    "For each module of the package a hash of those of its definitions that `function`, which is one of them, a `partial` of one or a lambda, can reach; annotations, docstrings, what is refused, and what is `_aside`, play no part."
     package = package or (Path(__file__).resolve().parent if "__file__" in globals() else home() / "mechinterp_lib")
     defined, imported = _definitions(package)
     reached, waiting = set(), _used_by(function)
@@ -399,7 +404,8 @@ def code_hashes(function: Callable, package: Path | None = None) -> dict[str, st
         if place in reached or place not in defined or _aside(*place): continue
         reached.add(place)
         waiting |= {(place[0], name) for _, names in defined[place] for name in names}
-    parts: dict[str, list[str]] = {}
+    if not reached and {module for module, _ in _used_by(function)} & {module for module, _ in defined}: raise InputError("function", function, "allowed: a function at the top of a module, a partial of one, or a lambda that calls one")
+    parts: dict[str, list[str]] = {module: _given(function) for module, _ in sorted(reached)[:1]}
     for module, name in sorted(reached): parts.setdefault(module, []).extend(source for source, _ in defined[module, name])
     return {module: hashlib.sha256("\n".join(sources).encode()).hexdigest()[:16] for module, sources in parts.items()}
 
@@ -457,21 +463,26 @@ def save_results(experiment: str, stage: str, results: Mapping[str, Result], tab
     with alone("results", str(folder), "results", folder.resolve(), wait=True):
         stages = load_stages(experiment, folder) if (folder / "provenance.json").exists() else {}
         summary = load_results(experiment, folder) if (folder / "summary.json").exists() else {}
-        for name in stages.pop(stage, {"results": []})["results"]: summary.pop(name, None)
+        before = stages.pop(stage, {"results": [], "tables": []})
+        for name in before["results"]: summary.pop(name, None)
         if twice := sorted(results.keys() & summary.keys()): raise InputError("results", twice, "another stage of this experiment has results of these names")
+        if twice := sorted(tables.keys() & {name for other in stages.values() for name in other["tables"]}): raise InputError("tables", twice, "another stage of this experiment has tables of these names")
         stages[stage] = {**record, "results": sorted(results), "tables": sorted(tables)}
         about = {"summary": {name: asdict(result) for name, result in sorted((summary | dict(results)).items())}, "provenance": dict(sorted(stages.items()))}
         write_files({folder / name: text for name, text in [*map(_as_file, *zip(*about.items())), *files.items()]})
+        for name in set(before["tables"]) - tables.keys():
+            for old in folder.glob(f"{name}.*"): old.unlink()
     return folder
 
 # %% ../nbs/00_core.ipynb #6186c9e1
 def compare_results(stored: Mapping[str, Result], again: Mapping[str, Result], rtol: float = 1e-3, atol: float = 1e-4) -> list[str]:
-    "One line for each result in which `again` differs from `stored` by more than `atol + rtol * |stored|`; an empty list says they agree."
+    "One line for each result in which `again` differs from `stored` by more than `rtol * |stored|` and a hundredth of its interval, or, where it has none, `atol`; an empty list says they agree."
     lines = [f"{name}: only in the {'stored' if name in stored else 'new'} results" for name in sorted(stored.keys() ^ again.keys())]
     for name in sorted(stored.keys() & again.keys()):
+        slack = (stored[name].ci_high - stored[name].ci_low) / 100 or atol
         for part in ("value", "ci_low", "ci_high", "n"):
             old, new = getattr(stored[name], part), getattr(again[name], part)
-            if abs(old - new) > atol + rtol * abs(old): lines.append(f"{name}: {part} was {old:.6g}, now {new:.6g}")
+            if abs(old - new) > slack + rtol * abs(old): lines.append(f"{name}: {part} was {old:.6g}, now {new:.6g}")
     return lines
 
 # %% ../nbs/00_core.ipynb #d240e2bc
@@ -488,9 +499,9 @@ class Stage:
 
 def run_stage(experiment: str, name: str, stage: Stage, write: bool = True, folder: str | Path | None = None) -> dict[str, Result]:
     "Make a stage and return its results; with `write`, store them."
-    inputs, began = file_hashes(stage.inputs()) if write else {}, time.monotonic()       # as they are before anything can change them
+    inputs, code, began = file_hashes(stage.inputs()) if write else {}, code_hashes(stage.make) if write else {}, time.monotonic()       # as they are before anything can change them
     results, tables = stage.make()
     if write:
-        record = provenance(stage.config, stage.seeds, inputs, stage.device, seconds=time.monotonic() - began) | {"code": code_hashes(stage.make)}
+        record = provenance(stage.config, stage.seeds, inputs, stage.device, seconds=time.monotonic() - began) | {"code": code}
         save_results(experiment, name, results, tables, record, folder)
     return results

@@ -100,7 +100,7 @@ _SPREAD: ContextVar[Callable[..., Iterator[Any]]] = ContextVar("spread", default
 def _shown(found: Iterable[Any], asks: Callable[[Any], Any], items: Sequence[Any], unit: str) -> Iterable[Any]:
     "`found`, with a progress bar."
     from tqdm import tqdm
-    return tqdm(found, total=len(items), desc=asks.__name__, unit=unit)
+    return tqdm(found, total=len(items), desc=getattr(asks, "__name__", None), unit=unit)
 
 def in_parallel(asks: Callable[[Any], Any], items: Sequence[Any], unit: str = "model") -> list[Any]:
     "What `asks` says of each, in order, each with one thread and about half a gigabyte, wherever the `executor` sends it; one after another where this machine has one processor, or where `asks` is not in a module."

@@ -9,12 +9,12 @@ import hashlib, importlib, json, math, re, time
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
-from .core import InputError, Result, Stage, _git, check_choice, code_hashes, compare_results, file_hashes, home, load_results, load_stages, read_json, results_dir, run_stage, write_json
+from .core import InputError, alone, Result, Stage, _git, check_choice, code_hashes, compare_results, file_hashes, home, load_results, load_stages, read_json, results_dir, run_stage, write_json
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'experiment', 'changes', 'verified', 'fingerprint', 'confirmed', 'outdated', 'largest_move',
-           'verify_stage', 'waiting', 'verify_all', 'verified_page', 'lookup', 'render', 'explain', 'plain', 'verdicts',
-           'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere', 'findings_page']
+           'verify_stage', 'remember', 'waiting', 'verify_all', 'verified_page', 'lookup', 'render', 'explain', 'plain',
+           'verdicts', 'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere', 'findings_page']
 
 # %% ../nbs/19_report.ipynb #467927fb
 EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "open_questions": "Open questions", "method_validation": "Method validation"}      # by module: what their findings are headed
@@ -25,10 +25,11 @@ def experiment(name: str) -> Any:
 
 # %% ../nbs/19_report.ipynb #0fe5ebba
 def changes(record: Mapping, stage: Stage) -> list[str]:
-    "What made a stage's numbers and is no longer what it was: files by path, code by module."
-    now = set(file_hashes(stage.inputs()).values())
+    "What made a stage's numbers and is no longer what it was, and what it would read now in addition: files by path, code by module."
+    now, before = file_hashes(stage.inputs()), record.get("inputs", {})
     code, was = code_hashes(stage.make), record.get("code", {})
-    return sorted(path for path, digest in record.get("inputs", {}).items() if digest not in now) + [f"code of {module}" for module in sorted(code.keys() | was.keys()) if code.get(module) != was.get(module)]
+    gone, new = ([path for path, digest in these.items() if digest not in others.values()] for these, others in ((before, now), (now, before)))
+    return sorted(gone) + [f"{path} is new" for path in sorted(set(new) - set(gone))] + [f"code of {module}" for module in sorted(code.keys() | was.keys()) if code.get(module) != was.get(module)]
 
 def verified() -> dict[str, dict[str, dict]]:
     "What was made again, by experiment and stage."
@@ -38,7 +39,7 @@ def verified() -> dict[str, dict[str, dict]]:
 def _hash(value: Any) -> str: return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 def fingerprint(name: str, stage: str) -> str:
-    "A hash of all that a stage's numbers hang on, and of the stored numbers: files, reachable code, results."
+    "A hash of the files that a stage reads, of the code that it can reach, and of its stored numbers. Packages are not among it: another version may change a number, and that is what making it again is for."
     work, summary = experiment(name).STAGES[stage], read_json(results_dir(name) / "summary.json")
     return _hash([file_hashes(work.inputs()), code_hashes(work.make), {key: summary.get(key) for key in load_stages(name)[stage]["results"]}])
 
@@ -67,6 +68,14 @@ def verify_stage(name: str, stage: str, work: Stage) -> dict:
     moved, which = largest_move(own, again)
     return {"fingerprint": made_from, "n": len(own.keys() & again.keys()), "differences": lines, "moved": float(f"{moved:.3g}"), "moved_most": which, "seconds": round(time.monotonic() - began, 1), "git_commit": _git("rev-parse", "HEAD")}
 
+def remember(name: str, stage: str, found: dict) -> None:
+    "Write down what was found when a stage was made again, in `results/verified.json`; one process at a time."
+    path = home() / "results" / "verified.json"
+    with alone("results", str(path), "verified", path.resolve(), wait=True):
+        known = verified()
+        known.setdefault(name, {})[stage] = found
+        write_json(path, {key: dict(sorted(known[key].items())) for key in sorted(known)})
+
 # %% ../nbs/19_report.ipynb #00da2ded
 def waiting(names: Sequence[str]) -> tuple[list[tuple[str, str, Stage]], dict[tuple[str, str], str]]:
     "The stages that can be made again here and have not come out the same with the code and the files that are here, the quickest first; and why others are not among them."
@@ -88,25 +97,25 @@ def verify_all(names: Sequence[str], minutes: float | None = 60.0) -> Iterator[t
     for name, stage, work in todo:
         seconds = load_stages(name)[stage].get("seconds", 0.0)
         if time.monotonic() + seconds > ends: yield name, stage, f"it takes about {seconds / 60:.0f} minutes, more than is left of the {minutes:g}"; continue
-        found = verify_stage(name, stage, work)
-        known = verified()
-        known.setdefault(name, {})[stage] = found
-        write_json(home() / "results" / "verified.json", {key: dict(sorted(known[key].items())) for key in sorted(known)})
+        try: found = verify_stage(name, stage, work)
+        except InputError as error: yield name, stage, f"it could not be made: {error}"; continue
+        remember(name, stage, found)
         yield name, stage, found
 
 # %% ../nbs/19_report.ipynb #e45373d9
 def verified_page() -> str:
-    "What was made again, as Markdown: how many numbers of each stage, how many differ, by how much the one that moved most did; and what has not been."
-    rows, undone = [], []
-    for name in EXPERIMENTS:
-        if not (results_dir(name) / "provenance.json").exists(): continue
-        for stage, record in load_stages(name).items():
-            again = verified().get(name, {}).get(stage)
-            if again: rows.append(f"| {EXPERIMENTS[name]} | {stage} | {again['n']:,} | {len(again['differences'])} | {100 * again['moved']:.2g}% | {again['seconds'] / 60:.1f} |")
-            else: undone.append(f"| {EXPERIMENTS[name]} | {stage} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} |")
-    done = [again for stages in verified().values() for again in stages.values()]
-    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again from the models, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it and a ten-thousandth.", "",
-                      "| experiment | stage | numbers | differ | largest move | minutes |", "|---|---|---|---|---|---|", *rows, "", "Not made again yet: what needs trainings that are not kept, or more than an hour.", "", "| experiment | stage | numbers | minutes it took |", "|---|---|---|---|", *undone, ""])
+    "What was made again with the code and the files that are here, as Markdown: how many numbers of each stage, how many differ, by how much the one that moved most did; and what has not been, and why."
+    rows, undone, done = [], [], []
+    for name, stage, work in [(name, *one) for name in EXPERIMENTS if (results_dir(name) / "provenance.json").exists() for one in experiment(name).STAGES.items()]:
+        record, again = load_stages(name).get(stage), verified().get(name, {}).get(stage)
+        if record is not None and again and again["fingerprint"] == fingerprint(name, stage):
+            done.append(again)
+            rows.append(f"| {EXPERIMENTS[name]} | {stage} | {again['n']:,} | {len(again['differences'])} | {100 * again['moved']:.2g}% | {again['seconds'] / 60:.1f} |")
+        elif record is not None:
+            why = work.missing() or ("its code, files or numbers have changed since" if again else "not made again yet")
+            undone.append(f"| {EXPERIMENTS[name]} | {stage} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} | {why} |")
+    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again from the models, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it and a hundredth of the interval, or a ten-thousandth where there is none.", "",
+                      "| experiment | stage | numbers | differ | largest move | minutes |", "|---|---|---|---|---|---|", *rows, "", f"{len(undone)} stages were not made again.", "", "| experiment | stage | numbers | minutes it took | why |", "|---|---|---|---|---|", *undone, ""])
 
 # %% ../nbs/19_report.ipynb #50f1a3b4
 def lookup(root: Path, name: str) -> dict:

@@ -13,7 +13,7 @@ STAGES = [(name, stage) for name in EXPERIMENTS for stage in read_json(ROOT / "r
 def test_results_are_not_older_than_what_made_them(name, stage):
     record, work = load_stages(name)[stage], experiment(name).STAGES[stage]
     assert bool(record["inputs"]) == (work.inputs is not list) and record["code"]                # by itself a stage reads nothing: planted dictionaries are drawn
-    changed = [what for what in outdated(name, stage) if not what.startswith("code of ")]
+    changed = [what for what in outdated(name, stage) if not (what.startswith("code of ") or what.endswith(" is new"))]
     if changed and (reason := work.missing()): pytest.skip(f"{', '.join(changed)}: {reason}")
     assert not changed, f"made from other models or by other code; run: mechinterp verify --all, or mechinterp run {name} --stage {stage}"
 

@@ -18,9 +18,9 @@ from ..addition import CHUNK, ask, evaluate_addition, problems_of
 from ..attention_analysis import copy_metrics, extract_attention, head_scores
 from ..circuits import Runner, edge_attribution, halves, matched_circuit, until_faithful
 from ..core import InputError, Result, Stage, generator, load_table
-from ..interventions import capture, hook_name
+from ..interventions import capture, hook_name, replaced
 from ..models import list_models, load_model
-from ..statistics import auroc, rate_result, seeds_result
+from ..statistics import auroc, mean_result, rate_result, seeds_result
 from ..data import PROBLEM_ALPHABET, repeated_random
 from ..subjects import Subject, as_predicted, brief, corpus_missing, gathered, in_parallel, key, lasting_from, moments, over_seeds, passages, shipped_subjects, stored_tables, subject_files, tables_missing
 from ..training import Recipe, gpt2, kept_steps, recipes, run_dir, snapshot_path, train
@@ -374,16 +374,18 @@ def firm_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     held = of.holds.mean().to_numpy()
     return {"claims_in_all": rate_result(whole, len(table), unit="", how="share of headline claims that hold in every seed that they can be asked of"),
             "claims_steady": rate_result(steady, len(table), unit="", how="share of headline claims whose effect has a standard deviation over seeds below a quarter of its mean"),
-            "claims_held": rate_result(int(seeds.holds.sum()), len(seeds), unit="", how="share of claims and seeds in which the claim holds"),
+            "claims_held": mean_result(seeds.holds.to_numpy(float), unit="", how="share of claims and seeds in which the claim holds", groups=seeds.claim),
             "claims_worst": Result(float(held.min()), float(held.min()), float(held.min()), int(table.seeds[held.argmin()]), int(table.seeds[held.argmin()]), "", "share of seeds in which the least firm claim holds; no interval: the least of all is told")}, {"claims": table.round(4), "claim_seeds": seeds.round(4)}
 
 # %% ../../nbs/27_open_questions.ipynb #85c1e8cf
 def looks_behind(model: TransformerBridge, length: int = 24) -> dict[str, float]:
-    "Of the head that looks most at the four places behind the earlier occurrence of what it stands on, in the second copy of random strings: that attention, and which of the places gets most of it."
+    "Of the head that looks most at the four places behind the earlier occurrence of what it stands on, in the second copy of random strings: that attention, which of the places gets most of it, and how much is copied when the head writes nothing."
     import torch
     patterns, at = extract_attention(model, repeated_random(128, length, model.cfg.d_vocab, generator(EXPERIMENT, "behind"))).patterns, torch.arange(length, 2 * length - 1)
     paid = torch.tensor([[[patterns[layer, head][:, at, at - length + k].mean() for k in range(1, 5)] for head in range(model.cfg.n_heads)] for layer in range(model.cfg.n_layers)]).flatten(0, 1)
-    return {"behind": float(paid.sum(-1).max()), "place": 1.0 + float(paid[paid.sum(-1).argmax()].argmax())}
+    layer, head = divmod(int(best := paid.sum(-1).argmax()), model.cfg.n_heads)
+    with replaced(model, {f"blocks.{layer}.attn.hook_z": lambda z: z.index_fill(2, torch.tensor([head]), 0.0)}): without = parts("copying", model)["skill"]
+    return {"behind": float(paid[best].sum()), "place": 1.0 + float(paid[best].argmax()), "without": without}
 
 def grid_of(run: tuple[int, tuple[str, int, int, int]]) -> dict:
     "How well one model of a grid does its task, and its mechanism."
@@ -402,7 +404,7 @@ def copiers_with_heads(table: pd.DataFrame) -> dict[str, Result]:
     "Of the models of the copying grid that copy half or more, and of the others, how many have a head with an induction score of at least 0.25."
     copying = table[table.task == "copying"]
     able, has = copying.skill >= 0.5, copying.induction >= 0.25
-    return {key("grid", name): rate_result(int((has & which).sum()), int(which.sum()), unit="", how=f"share of the models {of} in which a head has an induction score of at least 0.25") for name, which, of in (("able", able, "that copy half or more"), ("unable", ~able, "that copy less than half"))}
+    return {key("grid", name): rate_result(int((has & which).sum()), int(which.sum()), unit="", how=f"share of the models {of} in which a head has an induction score of at least 0.25", seeds=len(GRID_SEEDS)) for name, which, of in (("able", able, "that copy half or more"), ("unable", ~able, "that copy less than half")) if which.any()}
 
 # %% ../../nbs/27_open_questions.ipynb #41e0d94c
 def smallest_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
