@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS', 'WIDTHS', 'PAIRS', 'RANDOM', 'PROMPTS',
-           'TEXTS', 'SETS', 'LEAST', 'CLAIMS', 'AGREEMENT', 'LONGER', 'TIMES', 'FOLLOWED', 'EVOLUTION', 'FAILURES',
-           'COURSE', 'PARTS', 'GRID', 'MORE', 'FIRM', 'SUMS', 'COPIES', 'TOLD', 'STAGES', 'courses', 'grid_recipe',
-           'grid', 'grown', 'course_task', 'found_circuit', 'said_right', 'overlap', 'parts', 'moment', 'last_moment',
-           'followed', 'evolution_of', 'summed_up', 'risk', 'told', 'confidence', 'failing_sums', 'failing_copies',
-           'half_trained', 'copiers', 'failures_of', 'evolution_stage', 'kept_stage', 'failures_stage', 'Claim',
-           'claim_table', 'firm_stage', 'looks_behind', 'grid_of', 'agreement', 'copiers_with_heads', 'smallest_stage',
-           'longer_recipe', 'longer_of', 'longer_stage', 'runs_missing', 'predictions_stage', 'findings']
+           'TEXTS', 'SETS', 'LEAST', 'AT_HALF', 'CLAIMS', 'AGREEMENT', 'LONGER', 'TIMES', 'FOLLOWED', 'EVOLUTION',
+           'FAILURES', 'COURSE', 'PARTS', 'GRID', 'MORE', 'FIRM', 'SUMS', 'COPIES', 'TOLD', 'STAGES', 'courses',
+           'grid_recipe', 'grid', 'grown', 'course_task', 'found_circuit', 'said_right', 'overlap', 'parts', 'moment',
+           'last_moment', 'followed', 'evolution_of', 'summed_up', 'risk', 'told', 'confidence', 'failing_sums',
+           'failing_copies', 'half_trained', 'copiers', 'failures_of', 'evolution_stage', 'kept_stage',
+           'failures_stage', 'halfway_stage', 'Claim', 'claim_table', 'firm_stage', 'looks_behind', 'grid_of',
+           'agreement', 'copiers_with_heads', 'smallest_stage', 'longer_recipe', 'longer_of', 'longer_stage',
+           'runs_missing', 'predictions_stage', 'findings']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -285,6 +286,23 @@ def failures_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     parts = [gathered(failures_of, half_trained(), FAILURES, _kept_apart), gathered(failures_of, copiers(), FAILURES, _kept_copies)]
     return parts[0][0] | parts[1][0], {name: pd.concat([tables[name] for _, tables in parts], ignore_index=True) for name in parts[0][1]}
 
+# %% ../../nbs/27_open_questions.ipynb #1a4ba567
+_COURSES = ("evolution", "kept_evolution")
+AT_HALF = {"step": "step", "skill": "share of fresh prompts right", "last": "share of the difference that the edges of the last circuit do", "random": "the most of it that one of twenty random circuits does with as many edges of each kind",
+           "overlap": "edges in both the circuit found then and the last one, as a share of those in either", "overlap_random": "the same for random circuits with as many edges of each kind", "edge_share": "edges of the circuit found then as a share of all"}
+
+def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The stored courses where half of the skill is there."
+    import pandas as pd
+    course = pd.concat([load_table(EXPERIMENT, name) for name in _COURSES], ignore_index=True)
+    half = pd.DataFrame([of[of.skill >= of.skill.iloc[-1] / 2].iloc[0] for _, of in course.groupby(["model", "seed"], sort=False)]).reset_index(drop=True)
+    results = {}
+    for (task, kept), of in half.groupby(["model", half.seed.map(_kept_apart)], sort=False):
+        for name, what in AT_HALF.items():
+            values = [np.array([value]) for value in of[name].dropna()]
+            if len(values) > 1: results[key(task, f"{kept}half_{name}")] = over_seeds(values, f"{what}, at the first moment with half of the skill", "steps" if name == "step" else "")
+    return results, {"halfway": half[["model", "seed", *AT_HALF]].round(4)}
+
 # %% ../../nbs/27_open_questions.ipynb #16492091
 @dataclass(frozen=True)
 class Claim:
@@ -529,6 +547,7 @@ def _claim_files() -> list[Path]: return sorted({path for claim in CLAIMS for pa
 STAGES = {
     "evolution": Stage(evolution_stage, {"pairs": PAIRS, "random": RANDOM}, FOLLOWED, list, lambda: runs_missing(_course_runs()), trains=True),
     "kept": Stage(kept_stage, {"pairs": PAIRS, "random": RANDOM}, CONFIRMED, list, lambda: runs_missing(_kept_runs()), trains=True),
+    "halfway": Stage(halfway_stage, {"skill": 0.5}, range(10), partial(stored_tables, EXPERIMENT, _COURSES), partial(tables_missing, EXPERIMENT, _COURSES)),
     "smallest": Stage(smallest_stage, {"layers": list(LAYERS), "heads": list(HEADS), "widths": list(WIDTHS)}, GRID_SEEDS, list, lambda: runs_missing(_grid_runs()), trains=True),
     "longer": Stage(longer_stage, {"sizes": [list(size) for size in LONGER], "times": TIMES}, GRID_SEEDS, list, lambda: runs_missing(_longer_runs()), trains=True),
     "firm": Stage(firm_stage, {"claims": len(CLAIMS)}, range(10), _claim_files),
@@ -540,7 +559,7 @@ STAGES = {
 def findings(results: dict[str, Result]) -> list[str]:
     "The findings as sentences, every number taken from `results`; a finding whose numbers are not there is left out."
     sentences = [
-        ("A circuit for copying grows where it stays: when a model begins to tell two prompts apart, the edges of its last circuit do {} of the difference, random ones of the same kinds {} at best, and the circuit has {} edges for each that it has in the end. In addition the last edges do {} then, and random ones of the same kinds {}.", "copying_onset_last", "copying_onset_random", "copying_thinning", "addition_onset_last", "addition_onset_random"),
+        ("Where half of its skill is there, the edges of the last circuit of a model that copies do {} of the difference between two prompts, random ones of the same kinds {} at best; but all that is needed then are {} of all edges, in the end {}. In addition random edges of the same kinds do as much as those of the last circuit, {} and {}.", "copying_kept_half_last", "copying_kept_half_random", "copying_kept_half_edge_share", "copying_kept_end_edge_share", "addition_kept_onset_random", "addition_kept_onset_last"),
         ("Within one budget of training models of three layers copy random strings, {} of them at width 64 with one head a layer, and two layers do not, {}; after four times as many steps they copy {}. For two-digit sums one layer of four heads is enough, {} right at width 32. Of the models that copy half or more a share of {} has a head that passes for an induction head, of the others {}.", "grid_copying_3x1x64", "grid_copying_2x1x64", "grid_longer_2x1x64", "grid_addition_1x4x32", "grid_able", "grid_unable"),
         ("Of the headline claims of this book a share of {} holds in every seed that it can be asked of, of all claims and seeds {}; a share of {} has an effect whose standard deviation over seeds is below a quarter of its size.", "claims_in_all", "claims_held", "claims_steady"),
         ("Where a model that copies passages is about to be wrong, its confidence tells with an AUROC of {}, what its induction heads look at with {}, how ambiguous the letters are with {}; heads beside them tell {}.", "shakespeare_induction_kept_confidence", "shakespeare_induction_kept_circuit", "shakespeare_induction_kept_difficulty", "shakespeare_induction_kept_control"),
