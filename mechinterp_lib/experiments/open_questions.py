@@ -298,6 +298,7 @@ def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     half = pd.DataFrame([of[of.skill >= of.skill.iloc[-1] / 2].iloc[0] for _, of in course.groupby(["model", "seed"], sort=False)]).reset_index(drop=True)
     results = {}
     for (task, kept), of in half.groupby(["model", half.seed.map(_kept_apart)], sort=False):
+        results[key(task, f"{kept}half_above")] = rate_result(int((of["last"] > of.random).sum()), len(of), unit="", how="share of models in which the edges of the last circuit do more than each of twenty random circuits, at the first moment with half of the skill", seeds=len(of))
         for name, what in AT_HALF.items():
             values = [np.array([value]) for value in of[name].dropna()]
             if len(values) > 1: results[key(task, f"{kept}half_{name}")] = over_seeds(values, f"{what}, at the first moment with half of the skill", "steps" if name == "step" else "")
