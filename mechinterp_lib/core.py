@@ -476,10 +476,11 @@ def save_results(experiment: str, stage: str, results: Mapping[str, Result], tab
 
 # %% ../nbs/00_core.ipynb #6186c9e1
 def compare_results(stored: Mapping[str, Result], again: Mapping[str, Result], rtol: float = 1e-3, atol: float = 1e-4) -> list[str]:
-    "One line for each result in which `again` differs from `stored` by more than `rtol * |stored|` and a hundredth of its interval, or, where it has none, `atol`; an empty list says they agree."
+    "One line for each result in which `again` differs from `stored` by more than `rtol * |stored|` and a hundredth of its interval (at least a millionth: rounding differs with the number of threads), or, where it has none, `atol`; an empty list says they agree."
     lines = [f"{name}: only in the {'stored' if name in stored else 'new'} results" for name in sorted(stored.keys() ^ again.keys())]
     for name in sorted(stored.keys() & again.keys()):
-        slack = (stored[name].ci_high - stored[name].ci_low) / 100 or atol
+        width = stored[name].ci_high - stored[name].ci_low
+        slack = max(width / 100, 1e-6) if width else atol
         for part in ("value", "ci_low", "ci_high", "n"):
             old, new = getattr(stored[name], part), getattr(again[name], part)
             if abs(old - new) > slack + rtol * abs(old): lines.append(f"{name}: {part} was {old:.6g}, now {new:.6g}")

@@ -114,7 +114,7 @@ def verified_page() -> str:
         elif record is not None:
             why = work.missing() or ("its code, files or numbers have changed since" if again else "not made again yet")
             undone.append(f"| {EXPERIMENTS[name]} | {stage} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} | {why} |")
-    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again from the models, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it and a hundredth of the interval, or a ten-thousandth where there is none.", "",
+    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again from the models, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it and a hundredth of the interval (at least a millionth), or a ten-thousandth where there is none.", "",
                       "| experiment | stage | numbers | differ | largest move | minutes |", "|---|---|---|---|---|---|", *rows, "", f"{len(undone)} stages were not made again.", "", "| experiment | stage | numbers | minutes it took | why |", "|---|---|---|---|---|", *undone, ""])
 
 # %% ../nbs/19_report.ipynb #50f1a3b4
