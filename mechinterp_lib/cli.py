@@ -321,9 +321,10 @@ def _verify_stage(name: str, stage: str, work: Stage, record: Mapping) -> tuple[
     return found["n"], len(found["differences"])
 
 # %% ../nbs/30_cli.ipynb #1feba716
-def _verify(name: str) -> tuple[int, int, int, list[str]]:
-    "Verify the stages of an experiment: numbers recomputed, numbers stored, differences, and why others were not recomputed."
+def _verify(name: str, only: Sequence[str] = ()) -> tuple[int, int, int, list[str]]:
+    "Verify the stages of an experiment, or some of them: numbers recomputed, numbers stored, differences, and why others were not recomputed."
     stored, stages, work = load_results(name), load_stages(name), _experiment(name).STAGES
+    if only: stages, work = ({stage: of[stage] for stage in only if stage in of} for of in (stages, {check_choice("stage", stage, work): work[stage] for stage in only}))
     done, wrong, reasons = 0, 0, []
     for stage in [*work, *(stages.keys() - work.keys())]:
         if stage not in stages: reasons.append(f"{name}/{stage}: nothing stored")
@@ -334,7 +335,7 @@ def _verify(name: str) -> tuple[int, int, int, list[str]]:
             done, wrong = done + some, wrong + lines
             continue
         print(reasons[-1])
-    if loose := sorted(stored.keys() - {key for record in stages.values() for key in record["results"]}):
+    if loose := [] if only else sorted(stored.keys() - {key for record in stages.values() for key in record["results"]}):
         reasons.append(f"{name}: numbers that no stage made: {', '.join(loose)}")
         print(reasons[-1])
     return done, len(stored), wrong + len(loose), reasons
@@ -354,10 +355,11 @@ def _verify_all(minutes: float) -> int:
 def cmd_verify(args: argparse.Namespace) -> int:
     "Make the numbers of an experiment again and compare them with the stored ones. With --all: of every experiment, stage by stage, the quickest first, as many as an hour allows; what is confirmed is not made again."
     _check_whole(args.experiment)
-    if args.all and args.experiment: raise InputError("experiment", args.experiment, "not together with --all")
+    if args.all and (args.experiment or args.stage): raise InputError("experiment", args.experiment or args.stage, "not together with --all")
+    if args.stage and not args.experiment: raise InputError("stage", args.stage, "only together with an experiment")
     if args.all: return _verify_all(args.minutes)
     names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment is not None else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
-    done, stored, wrong, reasons = zip(*map(_verify, names))
+    done, stored, wrong, reasons = zip(*(_verify(name, args.stage or ()) for name in names))
     if not sum(done):
         raise InputError("experiment", args.experiment or "all", f"none of {sum(stored)} numbers could be recomputed: {'; '.join(sum(reasons, [])) or 'no results are stored'}")
     print(f"{sum(done)} of {sum(stored)} numbers recomputed, {sum(wrong)} differences")
@@ -439,12 +441,12 @@ def _data(add: Callable) -> None:
     addition.add_argument("--format", choices=["csv", "jsonl"], help="default: what --out says, or csv")
     addition.add_argument("--out", type=Path, help="the file (default: addition.csv or addition.jsonl)")
 
-# %% ../nbs/30_cli.ipynb #8801f2aa
 def _spreading(command: argparse.ArgumentParser) -> None:
     "Where a command's models are trained or measured."
     command.add_argument("--executor", default="local", choices=["local", "ray"], help="local: on this machine; ray: spread over the machines of a Ray cluster, which see the same checkout, data and cache at the same paths (default: local)")
     command.add_argument("--address", help="with --executor ray: of the cluster, HOST:PORT (default: RAY_ADDRESS, else one is started here and stopped at the end)")
 
+# %% ../nbs/30_cli.ipynb #8801f2aa
 def parser() -> argparse.ArgumentParser:
     "The argument parser of `mechinterp`."
     top = _Parser(prog="mechinterp", description="Research into how small transformers compute: its models, experiments and numbers.")
@@ -471,6 +473,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--device", help="with --model: cpu, cuda or mps")
     verify = add("verify", cmd_verify)
     verify.add_argument("experiment", nargs="?", help="default: all that have results")
+    verify.add_argument("--stage", action="append", help="only this stage (may be given several times)")
     verify.add_argument("--all", action="store_true", help="all experiments, resumable; the report is results/VERIFIED.md")
     verify.add_argument("--minutes", type=float, default=60.0, help="with --all: start no stage that would end later; default 60")
     for command in (train, run, verify): _spreading(command)

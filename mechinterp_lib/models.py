@@ -592,14 +592,18 @@ def _cached(name: str) -> Path | None:
     files = _weight_files(index) if index.is_file() else ["model.safetensors"]
     return folder if (folder / "config.json").is_file() and all((folder / file).is_file() for file in files) else None
 
+def _known(text: str) -> str:
+    "The families that are shipped, and the model whose name comes nearest to a text."
+    import difflib
+    near = difflib.get_close_matches(text, shipped := list_models(), n=1)
+    families = ", ".join(dict.fromkeys(one.partition("/")[0] for one in shipped))
+    return f"shipped models: {families}, such as {shipped[0]}" + (f" (did you mean {near[0]!r}?)" if near else "") if shipped else "shipped models: none"
+
 def _ask_hub(name: str):
     "What the hub says of a model; an `InputError` where it does not give it."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    import difflib
-    api, shipped = HfApi(), list_models()
-    near = difflib.get_close_matches(name, shipped, n=1)
-    known = f"shipped models: {', '.join(shipped) or 'none'}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    api, known = HfApi(), _known(name)
     try:
         about = api.model_info(name, files_metadata=True, timeout=10)
         if about.gated: api.auth_check(name)
@@ -672,7 +676,7 @@ def load_model(name: str | Path, device: str | None = None, dtype: Any = None, d
     if path.suffix == ".gguf": raise _no_gguf(path)
     if path.is_file(): raise InputError("name", text, "this file is no model; allowed: a folder, a nanoGPT .pt, a llama2.c .bin")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", text):
-        raise InputError("name", text, f"there is no such folder, and a hub name reads OWNER/MODEL; shipped models: {', '.join(list_models()) or 'none'}")
+        raise InputError("name", text, f"there is no such folder, and a hub name reads OWNER/MODEL; {_known(text)}")
     return _load_folder(_hub_folder(text, device, dtype, device_map), text, device, dtype, device_map)
 
 

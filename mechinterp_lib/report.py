@@ -5,7 +5,7 @@
 # %% ../nbs/19_report.ipynb #3a2ac5fb
 from __future__ import annotations
 
-import hashlib, importlib, json, math, re, time
+import hashlib, importlib, json, math, re, time, unicodedata
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -96,7 +96,7 @@ def verify_all(names: Sequence[str], minutes: float | None = 60.0) -> Iterator[t
     ends = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     for name, stage, work in todo:
         seconds = load_stages(name)[stage].get("seconds", 0.0)
-        if time.monotonic() + seconds > ends: yield name, stage, f"it takes about {seconds / 60:.0f} minutes, more than is left of the {minutes:g}"; continue
+        if time.monotonic() + seconds > ends: yield name, stage, f"it takes about {seconds / 60:.2g} minutes, more than is left of the {minutes:g}"; continue
         try: found = verify_stage(name, stage, work)
         except InputError as error: yield name, stage, f"it could not be made: {error}"; continue
         remember(name, stage, found)
@@ -160,15 +160,35 @@ def explain(entry: dict) -> str:
 _CARD = re.compile(r"```\{admonition\} (?P<says>[^\n]+)\n:class: verdict (?P<status>\w+)\n(?P<rest>.*?)^```", re.M | re.S)
 _ROLES = re.compile(r"\{(\w+(?::\w+)?)\}`([^`]+)`")
 
+def _cited(keys: str, inside: bool) -> str:
+    "Works of the bibliography by who wrote them and when, in brackets if `inside` is what they stand in; keys where there is no bibliography."
+    path, told = home() / "book" / "references.bib", []
+    for name in keys.split(","):
+        entry = re.search(rf"^@\w+{{{re.escape(name.strip())},(.*?)^}}", path.read_text(encoding="utf-8") if path.exists() else "", re.M | re.S)
+        if entry is None: told.append(name.strip()); continue
+        authors, year = (re.search(rf"^\s*{field}\s*=\s*[{{\"](.*?)[}}\"],?\s*$", entry[1], re.M)[1] for field in ("author", "year"))     # type: ignore[index]  # each entry has both
+        authors = re.sub(r"{\\(['\"`])(\w)}", lambda mark: unicodedata.normalize("NFC", mark[2] + {"'": "\u0301", '"': "\u0308", "`": "\u0300"}[mark[1]]), authors)
+        names = [one.split(",")[0].strip() for one in authors.split(" and ")]
+        who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
+        told.append(f"{who} {year}" if inside else f"{who} ({year})")
+    return f"({'; '.join(told)})" if inside else " and ".join(told)
+
+def _linked(match: re.Match) -> str:
+    "A link without words gets those of its target, and a way that leads there from `results/`."
+    folder, _, page = match[1].rpartition("/")
+    return f"[{EXPERIMENTS.get(page[3:-6], page.rpartition('.')[0].replace('_', ' '))}](../{'nbs' if page.endswith('.ipynb') else 'book'}/{page})"
+
 def plain(text: str) -> str:
-    "Text of a chapter without its roles: results as numbers, references as their targets' names."
+    "Text of a chapter without its roles: results as numbers, references as their targets' names, works as who wrote them."
     def one(match: re.Match) -> str:
         "What a role prints."
+        if match[1].startswith("cite"): return _cited(match[2], match[1] != "cite:t")
         if match[1] != "res": return re.sub(r" <.*>$", "", match[2])
         name, _, spec = match[2].partition(":")
         return render(lookup(home(), name), spec)
-    return re.sub(r"\[\]\(([\w/]+)\.ipynb\)", r"chapter \1", _ROLES.sub(one, text))
+    return re.sub(r"\[\]\(([\w./]+\.(?:ipynb|md))\)", _linked, _ROLES.sub(one, text))
 
+# %% ../nbs/19_report.ipynb #1ce2258c
 def verdicts(chapter: Path) -> list[dict[str, str]]:
     "The verdict cards of a chapter in order: what is claimed (`says`), its `status`, and its entries by name, such as `Effect` and `Seeds`."
     text = "\n\n".join("".join(cell["source"]) for cell in read_json(chapter)["cells"] if cell["cell_type"] == "markdown")
@@ -198,8 +218,9 @@ def claims_table() -> str:
             counts[card["status"]] = counts.get(card["status"], 0) + 1
             cells = (card["says"], card["status"], card.get("Effect", ""), card.get("Seeds", ""), f"[{EXPERIMENTS[name]}](../nbs/{chapter.name})")
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    return "\n".join([f"{len(rows)} claims: {told}. A claim that fails was made in earnest and is reported as plainly as one that holds.", "", "| claim | status | effect | seeds | chapter |", "|---|---|---|---|---|", *rows])
+    words = {"holds": "hold", "mixed": "hold in part", "fails": "fail"}
+    told = ", ".join(f"{counts[status]} {word}" for status, word in words.items() if status in counts)
+    return "\n".join([f"Of {len(rows)} claims {told}. Claims are worded as they were expected; one that fails is told as plainly as one that holds. How the headline claims fare seed by seed is in `results/open_questions/claims.csv`.", "", "| claim | status | effect | seeds | chapter |", "|---|---|---|---|---|", *rows])
 
 def models_table() -> str:
     "The shipped models, family by family, as a Markdown table."
@@ -223,4 +244,4 @@ def told_elsewhere() -> list[str]:
 
 def findings_page() -> str:
     "`results/FINDINGS.md`: what was found, every claim with its status, the models, what it means for larger ones, and where the rest is told; every number read from the results."
-    return "\n".join(["# Findings", "", "Brackets hold 95% intervals and n.", "", "<!--found-->", found(), "<!--/found-->", "", "## Every claim", "", claims_table(), "", "## The models", "", models_table(), *told_elsewhere(), ""])
+    return "\n".join(["# Findings", "", "What was found, chapter by chapter; then every claim with its status, the models, and what this means for safety. Brackets hold 95% intervals and n.", "", "<!--found-->", found(), "<!--/found-->", "", "## Every claim", "", claims_table(), "", "## The models", "", models_table(), *told_elsewhere(), ""])

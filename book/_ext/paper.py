@@ -138,7 +138,7 @@ def draw(figure: SimpleNamespace) -> str:
 
 # From MyST to Typst
 
-def _escape(text: str) -> str: return re.sub(r"([\\#$*_`<>@\[\]~/=+\-\"'])", r"\\\1", text)
+def _escape(text: str) -> str: return re.sub(r"([\\#$*_`<>@\[\]~/=+\-\"';])", r"\\\1", text)
 
 
 def math(tex: str) -> str:

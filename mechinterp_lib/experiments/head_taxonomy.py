@@ -276,7 +276,7 @@ def _with_roles() -> list[Path]: return _ALL() + [results_dir(EXPERIMENT) / "rol
 STAGES = {
     "roles": Stage(roles_stage, {"texts": TEXTS, "large": LARGE, "q": 0.05, "untrained": len(NULL_SEEDS)}, range(5), _ALL, babyllama_missing),
     "distances": Stage(distances_stage, {"texts": TEXTS, "distances": DISTANCES}, range(5), _OURS, corpus_missing),
-    "stability": Stage(stability_stage, {"deals": 200}, range(5), _with_roles),
+    "stability": Stage(stability_stage, {"deals": 200}, range(5), _with_roles, corpus_missing),
     "course": Stage(course_stage, {"texts": TEXTS // 2, "large": LARGE}, range(5), _OURS, lambda: corpus_missing() or moments_missing(shipped_runs(SIX_LAYERS))),
     "ablation": Stage(ablation_stage, {"texts": ABLATED, "sets": SETS, "methods": list(METHODS)}, range(5), _with_roles, babyllama_missing),
 }
