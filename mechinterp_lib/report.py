@@ -239,7 +239,7 @@ def told_elsewhere() -> list[str]:
     book, lines = home() / "book", []
     if (book / "safety.md").exists(): lines += ["", *plain(re.sub(r"^#", "##", (book / "safety.md").read_text(encoding="utf-8").strip(), flags=re.M)).splitlines()]
     if (book / "lab_notebook.md").exists(): lines += ["", "## Lessons and dead ends", "", "What was tried, what failed and what it taught stands in the [lab notebook](../book/lab_notebook.md)."]
-    if (home() / "results" / "VERIFIED.md").exists(): lines += ["", "## Made again", "", "Which numbers were made again, and by how much they moved, is listed in [VERIFIED.md](VERIFIED.md)."]
+    if (home() / "results" / "VERIFIED.md").exists(): lines += ["", "## Made again", "", "Which numbers were made again, and by how much they moved, is listed in `results/VERIFIED.md`."]
     return lines
 
 def findings_page() -> str:
