@@ -51,8 +51,9 @@ book-pdf: .venv/.ready
 	@$(ENV) python book/_ext/print_book.py
 
 bench: .venv/.ready
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-circuit==1.0.1 ordered-set==4.1.0 || echo "auto-circuit cannot be installed here: edge scores cannot be raced"
-	@$(ENV) mechinterp bench
+	@$(ENV) mechinterp bench patching lens training sae
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps auto-circuit==1.0.1 ordered-set==4.1.0; \
+	 then $(ENV) mechinterp bench circuit; else echo "auto-circuit cannot be installed here: edge scores were not raced"; fi
 
 serve:
 	@test -f $(SITE)/index.html || { echo "no book yet: run make book"; exit 2; }

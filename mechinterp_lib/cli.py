@@ -15,7 +15,7 @@ from .core import InputError, PICTURES, Result, Stage, alone, check_choice, chec
 from .executor import executor
 from .models import elsewhere, stream_tokens, token_ids, window_start
 from .report import EXPERIMENTS, changes, experiment as _experiment, findings_page, remember, verified_page, verify_all, verify_stage
-from .start import endable
+from .signals import endable
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -332,15 +332,18 @@ def _declares(node: ast.AST, inside: ast.AST) -> bool:
 class _WhatCounts(ast.NodeTransformer):
     "Takes away what no number hangs on: annotations, docstrings, statements that only refuse something, and the words with which an error is told anew."
     def generic_visit(self, node: ast.AST) -> ast.AST:
+        "Any part of a tree: without annotations and without statements that do not count."
         for field, value in ast.iter_fields(node):
             if field in ("annotation", "returns"): setattr(node, field, None)
             elif isinstance(value, list): setattr(node, field, [one for one in value if not (isinstance(one, ast.stmt) and _refuses(one) or _declares(one, node))])
         return super().generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
+        "An assignment that says a type is an assignment; a field of a class stays one."
         return self.generic_visit(node) if node.value is None else ast.Assign([node.target], self.visit(node.value))
 
     def visit_Try(self, node: ast.Try) -> Any:
+        "What is tried, if all that follows an error is another error."
         self.generic_visit(node)
         node.handlers = [one for one in node.handlers if one.body]
         return node if node.handlers or node.orelse or node.finalbody else node.body

@@ -378,6 +378,7 @@ def vl_adapters() -> dict[str, type]:
             super().__init__(cfg)
             self.component_mapping |= {"vision_encoder": tower_bridge("model.vision_model", self.cfg, _SIGLIP), "vision_projector": parts.VisionProjectionBridge(name="model.aligner")}
         def prepare_model(self, hf_model: nn.Module):
+            "Attention that its hooks can see, and the parts that this model has."
             super().prepare_model(hf_model)
             if check_vl_pictures not in hf_model._forward_pre_hooks.values(): hf_model.register_forward_pre_hook(check_vl_pictures, with_kwargs=True)
     class DeepseekVLHybridAdapter(DeepseekVLAdapter):
@@ -401,6 +402,7 @@ def vl2_adapter() -> type:
             self._reprefix_components("lm_head", "language.lm_head")
             self.component_mapping = {"vision_encoder": tower_bridge("vision", self.cfg, _TIMM), "vision_projector": parts.VisionProjectionBridge(name="projector"), **self.component_mapping}  # type: ignore[has-type]
         def prepare_model(self, hf_model: nn.Module):
+            "Attention that its hooks can see, and the parts that this model has."
             super().prepare_model(hf_model)
             for config in (hf_model.config, hf_model.config.language_config): config._attn_implementation = "eager"     # any other leaves out the mask
             if hf_model.config.language_config.use_mla: return

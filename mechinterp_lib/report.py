@@ -5,7 +5,7 @@
 # %% ../nbs/19_report.ipynb #3a2ac5fb
 from __future__ import annotations
 
-import hashlib, importlib, json, math, re, time, unicodedata
+import hashlib, importlib, json, math, re, time
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -13,8 +13,9 @@ from .core import InputError, alone, Result, Stage, _git, check_choice, code_has
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'experiment', 'changes', 'verified', 'fingerprint', 'confirmed', 'outdated', 'largest_move',
-           'verify_stage', 'remember', 'waiting', 'verify_all', 'verified_page', 'lookup', 'render', 'explain', 'plain',
-           'verdicts', 'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere', 'findings_page']
+           'verify_stage', 'remember', 'waiting', 'verify_all', 'verified_page', 'lookup', 'render', 'explain',
+           'written_by', 'plain', 'verdicts', 'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere',
+           'findings_page']
 
 # %% ../nbs/19_report.ipynb #467927fb
 EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "open_questions": "Open questions", "method_validation": "Method validation"}      # by module: what their findings are headed
@@ -114,7 +115,7 @@ def verified_page() -> str:
         elif record is not None:
             why = work.missing() or ("its code, files or numbers have changed since" if again else "not made again yet")
             undone.append(f"| {EXPERIMENTS[name]} | {stage} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} | {why} |")
-    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again from the models, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it and a hundredth of the interval (at least a millionth), or a ten-thousandth where there is none.", "",
+    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again, from the models or from the tables that other stages of these stored, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it and a hundredth of the interval (at least a millionth), or a ten-thousandth where there is none.", "",
                       "| experiment | stage | numbers | differ | largest move | minutes |", "|---|---|---|---|---|---|", *rows, "", f"{len(undone)} stages were not made again.", "", "| experiment | stage | numbers | minutes it took | why |", "|---|---|---|---|---|", *undone, ""])
 
 # %% ../nbs/19_report.ipynb #50f1a3b4
@@ -160,17 +161,20 @@ def explain(entry: dict) -> str:
 _CARD = re.compile(r"```\{admonition\} (?P<says>[^\n]+)\n:class: verdict (?P<status>\w+)\n(?P<rest>.*?)^```", re.M | re.S)
 _ROLES = re.compile(r"\{(\w+(?::\w+)?)\}`([^`]+)`")
 
+def written_by(entry: Any) -> str:
+    "Who wrote a work, an entry of the bibliography as pybtex reads it: one name, two, or the first et al."
+    from pybtex.richtext import Text
+    names = [str(Text.from_latex(" ".join(person.prelast_names + person.last_names))) for person in entry.persons["author"]]
+    return " and ".join(names) if len(names) < 3 and names[-1] != "others" else f"{names[0]} et al."
+
 def _cited(keys: str, inside: bool) -> str:
-    "Works of the bibliography by who wrote them and when, in brackets if `inside` is what they stand in; keys where there is no bibliography."
-    path, told = home() / "book" / "references.bib", []
-    for name in keys.split(","):
-        entry = re.search(rf"^@\w+{{{re.escape(name.strip())},(.*?)^}}", path.read_text(encoding="utf-8") if path.exists() else "", re.M | re.S)
-        if entry is None: told.append(name.strip()); continue
-        authors, year = (re.search(rf"^\s*{field}\s*=\s*[{{\"](.*?)[}}\"],?\s*$", entry[1], re.M)[1] for field in ("author", "year"))     # type: ignore[index]  # each entry has both
-        authors = re.sub(r"{\\(['\"`])(\w)}", lambda mark: unicodedata.normalize("NFC", mark[2] + {"'": "\u0301", '"': "\u0308", "`": "\u0300"}[mark[1]]), authors)
-        names = [one.split(",")[0].strip() for one in authors.split(" and ")]
-        who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
-        told.append(f"{who} {year}" if inside else f"{who} ({year})")
+    "Works of the bibliography by who wrote them and when, in brackets if `inside` is what they stand in; their keys without the bibliography, or without pybtex, which comes with the book."
+    path = home() / "book" / "references.bib"
+    try: from pybtex.database import parse_file
+    except ImportError: return keys
+    if not path.exists(): return keys
+    works = parse_file(str(path)).entries
+    told = [f"{written_by(works[key])} {works[key].fields['year']}" if inside else f"{written_by(works[key])} ({works[key].fields['year']})" for key in keys.replace(" ", "").split(",")]
     return f"({'; '.join(told)})" if inside else " and ".join(told)
 
 def _linked(match: re.Match) -> str:

@@ -24,8 +24,9 @@ from unittest.mock import patch
 
 import nbformat, pybtex.database
 from nbdev_book import split_directives
-from pybtex.richtext import Text
 from results import lookup, render
+
+from mechinterp_lib.report import written_by
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 5.0                                                                # inches: a figure before it is fitted into a column
@@ -241,9 +242,7 @@ class Writer:
         if role in ("term", "doc"): return _escape(re.sub(r"\s*<.*>", "", content))
         raise PaperError(f"{self.where}: the paper cannot show {{{role}}}`{content}`")
 
-    def authors(self, key: str) -> str:
-        names = [str(Text.from_latex(" ".join(person.prelast_names + person.last_names))) for person in self.papers[key].persons["author"]]
-        return _escape(" and ".join(names) if len(names) < 3 and names[-1] != "others" else f"{names[0]} et al.")
+    def authors(self, key: str) -> str: return _escape(written_by(self.papers[key]))
 
     def rows(self, node) -> list[list]: return [row.children for part in node.children for row in part.children]
 
