@@ -336,7 +336,9 @@ def write(root: Path, folder: Path) -> Writer:
     head = f'#import "paper.typ": *\n#show: paper.with([{writer.line(title, first)}], [{_escape(about["DEFAULT"]["author"])}], [{writer.line(abstract, first)}])\n\n'
     folder.mkdir(parents=True, exist_ok=True)
     for label, figure in writer.drawn.items(): (folder / f"{label}.svg").write_text(draw(figure), encoding="utf-8")
-    for name in ("book/paper/paper.typ", "book/references.bib"): shutil.copyfile(root / name, folder / Path(name).name)
+    shutil.copyfile(root / "book" / "paper" / "paper.typ", folder / "paper.typ")
+    papers = (root / "book" / "references.bib").read_text(encoding="utf-8")
+    (folder / "references.bib").write_text(re.sub(r"\n *url *= *\{https://arxiv\.org/[^}]*\}", "", papers), encoding="utf-8")          # the number of the preprint says it
     (folder / "main.typ").write_text(head + body + '\n#bibliography("references.bib", title: "References", style: "nature")\n', encoding="utf-8")
     return writer
 
