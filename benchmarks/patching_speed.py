@@ -327,7 +327,7 @@ def markdown(table):
         floor, difference = "" if r["at_least"] is None else f"{r['at_least']:g}", "" if r["largest_difference"] is None else f"{r['largest_difference']:.1e}"
         lines.append(f"| {r['shape']} | {r['job']} | {r['threads']} | {r['peer']} | {r['ours_seconds']:.4g} | {r['peer_seconds']:.4g} | {r['ratio']:.3g} | {floor} | {difference} | {r['peer_ran']} |")
     notes = [f"- {r['shape']}, {r['job']}, {r['threads']} thread{'s' * (r['threads'] > 1)}: {r['note']}" for r in table if r["note"]]
-    return "\n".join([*lines, "", "Times of peers that ran some of the cells are scaled up to all, their clean run counted once. Lower bounds are for one thread.", *notes])
+    return "\n".join([*lines, "", "Ratio: how many times as long the peer takes; at least: the ratio that is asked for, on one thread. Times of peers that ran some of the cells are scaled up to all, their clean run counted once.", *notes])
 
 
 def run(pieces):

@@ -60,6 +60,7 @@ def main() -> None:
     table = pd.DataFrame([{"loop": name, "threads": torch.get_num_threads(), "seconds": (seconds := statistics.median(values)), "activations_a_second": samples // BATCH * BATCH / seconds, "times_ours": statistics.median(value / own for value, own in zip(values, times["ours"])),
                            "least": min(value / own for value, own in zip(values, times["ours"])), "explained_variance": quality[name]["explained_variance"].value, "ce_recovered": quality[name]["ce_recovered_mean"].value, "dead": quality[name]["dead"].value, "samples": samples, "rounds": rounds} for name, values in times.items()])
     print(table.round(3).to_string(index=False))
+    print("times_ours: how many times as long as ours; least: in the round in which that was least")
     if args.quick: return
     if not others.share < 0.05: sys.exit(f"nothing was written: other processes took {others.share:.0%} of the processors meanwhile; run it on a quiet machine")
     record = provenance({"samples": samples, "rounds": rounds, "d_sae": D_SAE, "k": K, "batch": BATCH}, [0], [__file__], seconds=time.monotonic() - began)

@@ -78,6 +78,7 @@ def main() -> None:
              "times_ours": statistics.median(value / own for value, own in zip(values, times["ours"])), "least": min(value / own for value, own in zip(values, times["ours"])), "rounds": rounds, "steps": steps} for name, values in times.items()]
     table = pd.DataFrame(rows)
     print(table.round(3).to_string(index=False))
+    print("times_ours: how many times as long as ours; least: in the round in which that was least")
     if args.quick: return
     if not others.share < 0.05: sys.exit(f"nothing was written: other processes took {others.share:.0%} of the processors meanwhile; run it on a quiet machine")
     record = provenance({"recipe": args.recipe, "steps": steps, "rounds": rounds}, [0], [__file__], seconds=time.monotonic() - began)

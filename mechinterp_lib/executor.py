@@ -5,7 +5,7 @@
 # %% ../nbs/12_executor.ipynb #bada7830
 from __future__ import annotations
 
-import contextlib, os, socket
+import contextlib, os, socket, sys
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -197,6 +197,7 @@ def _cluster(address: str) -> Iterator[None]:
             with warnings.catch_warnings(action="ignore"): ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
             if callable(ended_by) and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, ended_by)       # Ray puts its own in its place
         except Exception as error: raise InputError("address", address, f"no Ray cluster: {_first_line(error)}") from error
+        print(f"on a Ray cluster with {ray.cluster_resources().get('CPU', 0):g} processors; what is under way there is not shown", file=sys.stderr)
         yield
     finally:
         ray.shutdown()

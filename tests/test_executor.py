@@ -136,8 +136,8 @@ def test_a_command_tells_an_error_in_one_line(cluster, place, recipe):
     (run_dir(load_recipe(recipe()), 0) / "checkpoint.pt").write_text("broken")
     done = subprocess.run([*COMMAND, "train", recipe(), "--device", "cpu", "--executor", "ray", "--address", cluster.address], capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
-    said = [line for line in done.stderr.splitlines() if line.strip() and "?training/s]" not in line]                  # beside the progress bar
-    assert len(said) == 1 and said[0].startswith("mechinterp: checkpoint: ") and "delete it" in said[0], said
+    first, *said = [line for line in done.stderr.splitlines() if line.strip() and "?training/s]" not in line]          # beside the progress bar
+    assert first.startswith("on a Ray cluster with ") and len(said) == 1 and said[0].startswith("mechinterp: checkpoint: ") and "delete it" in said[0], said
 
 
 def test_a_worker_that_would_do_something_else_is_refused(cluster, place, monkeypatch):
