@@ -268,7 +268,10 @@ def heads_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     table = pd.concat(in_parallel(categorized, items), ignore_index=True).round(4)
     untrained = table[table.sharpness == "untrained"]
     results = ruler_results(table[table.sharpness == "sharp"])
-    for sharpness in SHARPNESS: results |= name_results(table[table.sharpness == sharpness], sharpness)
+    for sharpness in SHARPNESS:
+        results |= name_results(table[table.sharpness == sharpness], sharpness)
+        built = table[(table.sharpness == sharpness) & (table.built == "induction") & (table.role == "induction")]
+        results[f"named_{sharpness}_induction"] = rate_result(int(built.named.sum()), len(built), unit="", how=f"share of the induction heads built {sharpness} whose role is named")
     how = "share of pairs of a head of an untrained model and a role"
     return results | {"untrained_held": rate_result(int(untrained.holds.sum()), len(untrained), unit="", how=f"{how} that hold"), "untrained_named": rate_result(int(untrained.named.sum()), len(untrained), unit="", how=f"{how} that are named")}, {"heads": table}
 
@@ -327,10 +330,10 @@ def rates_covered() -> list[dict]:
 
 # %% ../../nbs/28_method_validation.ipynb #5b27e68d
 def discoveries(true: int, shared: bool, seed: int = 0) -> dict[str, Float[np.ndarray, "draw"]]:
-    "In each draw the share of false ones among the tests that pass, with `benjamini_hochberg` and without; and the share of the true effects that pass with it."
+    "In each draw the share of false ones among the tests that pass, with `benjamini_hochberg` and without; the share of the true effects that pass with it; and the share of tests of nothing that pass without it."
     import numpy as np
     from scipy.stats import norm
-    source, real, found = np.random.default_rng(seed), np.arange(TESTS) < true, {"fdr": [], "fdr_plain": [], "power": []}
+    source, real, found = np.random.default_rng(seed), np.arange(TESTS) < true, {"fdr": [], "fdr_plain": [], "power": [], "alarms": []}
     for _ in range(DRAWS):
         noise = source.normal(size=TESTS) if not shared else 0.5**0.5 * (source.normal() + source.normal(size=TESTS))
         p_values = norm.sf(noise + SHIFT * real)
@@ -338,15 +341,16 @@ def discoveries(true: int, shared: bool, seed: int = 0) -> dict[str, Float[np.nd
         found["fdr"].append((passed & ~real).sum() / max(1, passed.sum()))
         found["fdr_plain"].append(((p_values <= 0.05) & ~real).sum() / max(1, (p_values <= 0.05).sum()))
         found["power"].append((passed & real).sum() / max(1, true))
+        found["alarms"].append((p_values[~real] <= 0.05).mean())
     return {name: np.array(values) for name, values in found.items()}
 
 def statistics_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How often intervals hold the truth, and which share of discoveries is false."
     import pandas as pd
-    items = [("bootstrap", kind, n) for kind in DRAW for n in (5, 20, 100)] + [("seeds", kind, 5) for kind in DRAW]
+    items = [("bootstrap", kind, n) for kind in DRAW for n in (5, 10, 20, 100)] + [("seeds", kind, n) for kind in DRAW for n in (3, 5)]
     table, results, rows = pd.DataFrame(in_parallel(covered, items, "simulation") + rates_covered()), {}, []
     for row in table.itertuples(): results[named(f"{row.method}_{row.of}_{row.n}")] = rate_result(row.hits, row.draws, unit="", how=f"share of simulated data sets whose 95% interval holds the truth: {row.method}, {row.of}, n = {row.n}")
-    what = {"fdr": "share of false ones among the tests that pass at a false discovery rate of 5%", "fdr_plain": "the same of the tests that pass at p = 0.05 each", "power": "share of the true effects that pass"}
+    what = {"fdr": "share of false ones among the tests that pass at a false discovery rate of 5%", "fdr_plain": "the same of the tests that pass at p = 0.05 each", "power": "share of the true effects that pass", "alarms": "share of the tests of nothing that pass at p = 0.05 each"}
     for true, shared in ((0, False), (TESTS // 6, False), (TESTS // 2, False), (TESTS // 6, True)):
         for name, values in discoveries(true, shared).items():
             if name == "power" and not true: continue
@@ -382,6 +386,7 @@ PREDICTED: dict[str, tuple[str, Callable[[Value], bool]]] = {
     "9_bootstrap": ("the bootstrap holds 92% with 100 values, 90% of normal truths with 20, less than 88% with 5", lambda value: min(value("bootstrap_normal_100"), value("bootstrap_skewed_100")) >= 0.92 and value("bootstrap_normal_20") >= 0.9 and value("bootstrap_normal_5") < 0.88),
     "9_wilson": ("Wilson's interval holds 90% to 99%", lambda value: all(0.9 <= value(named(f"wilson_rate_{rate:g}_{n}")) <= 0.99 for rate, n in RATES)),
     "10_false": ("at most 5% of discoveries are false, with shared noise too", lambda value: max(value(f"fdr_{which}") for which in (0, TESTS // 6, TESTS // 2, f"{TESTS // 6}_shared")) <= 0.05),
+    "10_alarms": ("without the procedure five of a hundred tests of nothing pass", lambda value: 0.045 <= value("alarms_0") <= 0.055),
     "10_plain": ("without the procedure more than 15% are, with a sixth of true effects", lambda value: value(f"fdr_plain_{TESTS // 6}") > 0.15),
 }
 
@@ -414,14 +419,14 @@ def findings(results: dict[str, Result]) -> list[str]:
     sentences = [
         ("In models made by hand all methods find exactly the edges that were built: exact patching in a share of {} of the cases, EAP-IG {}, ACDC {}, path patching {}, EAP {}. With noise of a hundredth on every weight it is {}, {}, {}, {} and {}; random circuits with edges of the same kinds are right in {}.", *(f"exact_{method}" for method in five), *(f"exact_{method}{little}" for method in five), f"exact_random{little}"),
         ("Under that noise the scores tell the true edges from all others with an AUROC of {} (exact patching), {} (EAP-IG) and {} (EAP); the edges of a model with its heads elsewhere with {}, {} and {}; in random order {}.", *(f"auroc_{method}{little}" for method in ("exact", "eap_ig", "eap")), *(f"auroc_moved_{method}{little}" for method in ("exact", "eap_ig", "eap")), f"auroc_shuffled_exact{little}"),
-        ("Each of twelve rulers is highest at the head that was built for it, alone, in a share of {} of the cases, and at heads of which it is true in {}. Of heads built sharp {} are named rightly, and {} of all names are false; of heads that score the right place one nat above the others {} and {}. Of the pairs of an untrained head and a role {} hold.", "rulers", "rulers_true", "named_sharp", "false_sharp", "named_1", "false_1", "untrained_held"),
+        ("Each of twelve rulers is highest at the one of eleven heads that was built for it, alone, in a share of {} of the cases, and at heads of which it is true in {}. Of heads built sharp {} are named rightly, and {} of all names are false; of heads that score the right place one nat above the others {} and {}, of induction heads with two nats {}. Of the pairs of an untrained head and a role {} hold.", "rulers", "rulers_true", "named_sharp", "false_sharp", "named_1", "false_1", "named_2_induction", "untrained_held"),
         ("Of simulated data sets the 95% interval over five seeds holds the truth in {} with normal values and in {} with skewed ones, the bootstrap over 100 values in {} and {}, over five in {} and {}; Wilson's for a rate of one in twenty, seen in 20 trials, in {}.", "seeds_normal_5", "seeds_skewed_5", "bootstrap_normal_100", "bootstrap_skewed_100", "bootstrap_normal_5", "bootstrap_skewed_5", "wilson_rate_0_05_20"),
         (f"Of {TESTS} tests with {TESTS // 6} true effects a share of {{}} of those that pass the procedure of Benjamini and Hochberg is false, {{}} with noise that they share; without it {{}}.", f"fdr_{TESTS // 6}", f"fdr_{TESTS // 6}_shared", f"fdr_plain_{TESTS // 6}")]
     lines = [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]
     if "scan_share" in results: lines.append(f"The largest difference between a fast scan and a plain loop is {results['scan_share'].value:.2g} of the largest effect, over {results['scan_share'].n:,} cells of scans of every component in {len(SHIPPED)} families of models.")
     if "lens_difference" in results: lines.append(f"The largest difference between the lens at the last layer and the log-probabilities of the same models as they were saved is {results['lens_difference'].value:.2g} nats.")
-    scans, lenses = [f"ms_layer_{shape}_{who}" for shape in "ab" for who in ("ours", "plain_loop", "hookedtransformer")], [f"lens_{peer}_{shape}" for peer in ("bare", "bound") for shape in "ab"]
+    scans, lenses = [f"ms_layer_{shape}_{who}" for shape in "ab" for who in ("ours", "plain_loop", "bridge", "hookedtransformer")], [f"lens_{peer}_{shape}" for peer in ("bare", "bound") for shape in "ab"]
     if all(name in results for name in (*scans, *lenses)):
-        text = "On one thread a fast scan of all heads and positions of a pair of prompts takes {} milliseconds a layer in a model of four layers, a plain loop {}, one with HookedTransformer {}; in one of GPT-2 small's shape {}, {} and {}. The lens takes {} and {} times as long as a bare forward pass of the two, {} and {} times as long as one with as many decodings."
+        text = "On one thread a fast scan of all heads and positions of a pair of prompts takes {} milliseconds a layer in a model of four layers, a plain loop {}, TransformerLens's function {} on its bridge and {} on a HookedTransformer; in one of GPT-2 small's shape {}, and the others, scaled up from some of their cells, {}, {} and {}. The lens takes {} and {} times as long as a bare forward pass of the two, {} and {} times as long as one with as many decodings."
         lines.append(text.format(*(f"{float(f'{results[name].value:.3g}'):,g}" for name in (*scans, *lenses))))
     return lines
