@@ -106,16 +106,18 @@ def verify_all(names: Sequence[str], minutes: float | None = 60.0) -> Iterator[t
 # %% ../nbs/19_report.ipynb #e45373d9
 def verified_page() -> str:
     "What was made again with the code and the files that are here, as Markdown: how many numbers of each stage, how many differ, by how much the one that moved most did; and what has not been, and why."
-    rows, undone, done = [], [], []
+    rows, undone, done, left = [], [], [], 0
     for name, stage, work in [(name, *one) for name in EXPERIMENTS if (results_dir(name) / "provenance.json").exists() for one in experiment(name).STAGES.items()]:
         record, again = load_stages(name).get(stage), verified().get(name, {}).get(stage)
         if record is not None and again and again["fingerprint"] == fingerprint(name, stage):
             done.append(again)
             rows.append(f"| {EXPERIMENTS[name]} | {stage} | {again['n']:,} | {len(again['differences'])} | {100 * again['moved']:.2g}% | {again['seconds'] / 60:.1f} |")
         elif record is not None:
+            left += len(record["results"])
             why = work.missing() or ("its code, files or numbers have changed since" if again else "not made again yet")
             undone.append(f"| {EXPERIMENTS[name]} | {stage} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} | {why} |")
-    return "\n".join(["# What was made again", "", f"{sum(again['n'] for again in done):,} numbers of {len(done)} stages were made again, from the models or from the tables that other stages of these stored, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. A difference is a change of a value, an end of its interval or its n by more than a thousandth of it and a hundredth of the interval (at least a millionth), or a ten-thousandth where there is none.", "",
+    made = sum(again["n"] for again in done)
+    return "\n".join(["# What was made again", "", f"{made:,} of {made + left:,} numbers ({len(done)} of {len(done) + len(undone)} stages) were made again, from the models or from tables that other stages stored, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. Two numbers differ if they are further apart than a thousandth of the stored one plus a hundredth of its interval (at least a millionth), or plus a ten-thousandth where it has no interval; the ends of the interval and n are compared in the same way.", "",
                       "| experiment | stage | numbers | differ | largest move | minutes |", "|---|---|---|---|---|---|", *rows, "", f"{len(undone)} stages were not made again.", "", "| experiment | stage | numbers | minutes it took | why |", "|---|---|---|---|---|", *undone, ""])
 
 # %% ../nbs/19_report.ipynb #50f1a3b4
