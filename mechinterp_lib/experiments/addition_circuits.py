@@ -1033,7 +1033,7 @@ def findings(results: dict[str, Result]) -> list[str]:
         ("One short function says what they say: with the outputs of layer 0 that bring the digits of one place told about another problem, the tens of two digits are what it says in {} and {} of the problems, with those that bring the place below in {} and {}.",
          "addition_gpt2_kept_effect_same_tens_2", "addition_qwen_kept_effect_same_tens_2", "addition_gpt2_kept_effect_below_tens_2", "addition_qwen_kept_effect_below_tens_2"),
         ("Where it is computed differs from seed to seed: {} ways among these models, {} among all; of the groups of two or more that all fall into, a share of {} is of one architecture alone.", "kept_ways", "all_ways", "all_groups_of_one_family"),
-        ("Along the direction of the carry, a switch with two positions tells {} of the variance in GPT-2 blocks, {} in Qwen3 blocks, where it is the sum of the units that lies there, {}.",
+        ("Along the direction of the carry, a switch with two positions tells {} of the variance in the GPT-2 blocks that were kept, {} in Qwen3 blocks, where it is the sum of the units that lies there, {}.",
          "addition_gpt2_kept_along_carry_switch_2", "addition_qwen_kept_along_carry_switch_2", "addition_qwen_kept_along_carry_sum_2"),
         ("Two frequencies of the digits' embeddings are enough for {} and {} of the units, and without them {} and {} are right; without as many principal components {} and {}.",
          "addition_gpt2_kept_right_with_two_best", "addition_qwen_kept_right_with_two_best", "addition_gpt2_kept_right_without_two_best", "addition_qwen_kept_right_without_two_best", "addition_gpt2_kept_right_without_largest", "addition_qwen_kept_right_without_largest")]

@@ -289,12 +289,12 @@ def findings(results: dict[str, Result]) -> list[str]:
          "shakespeare_small_any_role", "shakespeare_small_large_role", "shakespeare_small_positional_best", "shakespeare_small_local_best", "shakespeare_small_previous_best"),
         ("Roles that are known from larger models are not there: best scores for induction {}, duplicate tokens {}, n-gram induction {}, successors {}.",
          "shakespeare_small_induction_best", "shakespeare_small_duplicate_best", "shakespeare_small_ngram_induction_best", "shakespeare_small_successor_best"),
-        ("Another seed grows like layers, and like heads in them: paired within layers, heads differ by {} in their scores; by {} with scores put in random order among the heads of a layer, by {} with layers dealt at random.",
+        ("Another seed grows like layers, and like heads in them as far as the rulers tell: paired within layers, heads differ by {} in their scores; by {} with scores put in random order among the heads of a layer, by {} with layers dealt at random.",
          "shakespeare_small_paired_difference", "shakespeare_small_permuted_difference", "shakespeare_small_dealt_difference"),
         ("A model twice as wide has fewer heads with a large role, a share of {}, but clear ones: in layer 0 one head looks one character back with {} of its attention, one two back with {}, one three back with {}. Without the first its loss rises by {} nats a character; and yet no head of it does induction, best score {}.",
          "shakespeare_large_role", "shakespeare_distance_1", "shakespeare_distance_2", "shakespeare_distance_3", "shakespeare_previous_mean_change", "shakespeare_induction_best"),
-        ("What goes by place matters: ablating `previous` heads costs {} nats a character more than as many others of the same layers, `local` heads {}, `positional` heads {}.",
-         "shakespeare_small_previous_mean_excess", "shakespeare_small_local_mean_excess", "shakespeare_small_positional_mean_excess"),
+        ("In `shakespeare-small` ablating `previous` heads costs {} nats a character more than as many others of the same layers, `local` heads {}, `positional` heads {}; in the model twice as wide `local` and `positional` heads cost less than others, {} against {} and {} against {}.",
+         *(f"shakespeare_small_{role}_mean_excess" for role in ("previous", "local", "positional")), *(f"shakespeare_{role}_mean_{which}" for role in ("local", "positional") for which in ("change", "control"))),
         ("Roles come in an order: in the first steps up to {} heads copy; half of the heads that go by place alone are there by step {}, half of those that read the last few characters by step {}.",
          "shakespeare_small_copying_most", "shakespeare_small_positional_came", "shakespeare_small_local_came")]
     return [text.format(*(brief(results[name]) for name in names)) for text, *names in sentences if all(name in results for name in names)]

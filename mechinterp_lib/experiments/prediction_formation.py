@@ -293,7 +293,7 @@ def findings(results: dict[str, Result]) -> list[str]:
          "shakespeare_small_middle", "shakespeare_middle", "shakespeare_tuned_0_cross_entropy", "babyllama_105_middle"),
         ("The plain logit lens misleads: after layer 1 of `shakespeare-small` it is {} nats from the model's own prediction with the final norm and {} without, a translator {}; the last layer looks as if it took off {} nats and takes off {}.",
          "shakespeare_small_norm_1_kl", "shakespeare_small_raw_1_kl", "shakespeare_small_tuned_1_kl", "shakespeare_small_last_norm", "shakespeare_small_last_tuned"),
-        ("The ten neurons of `shakespeare` that are missed most cost {} nats a character on average, ten random ones {}; a share of {} of the ten has a rule that holds on fresh text.",
-         "neurons_largest_effect", "neurons_random_effect", "neurons_largest_named")]
+        ("The ten neurons of `shakespeare` that are missed most cost {} nats a character on average, ten random ones {}; a share of {} of the ten fires by a simple rule more often than not on fresh text, {} of the random ones.",
+         "neurons_largest_effect", "neurons_random_effect", "neurons_largest_named", "neurons_random_named")]
     def shown(name: str) -> str: return f"{results[name].value:.3g}" if name.endswith("gram_loss") else brief(results[name])      # a yardstick is the same for all seeds
     return [text.format(*map(shown, names)) for text, *names in sentences if all(name in results for name in names)]
