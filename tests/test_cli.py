@@ -252,7 +252,7 @@ def test_everything_is_made_again_once(experiment, place, capsys, monkeypatch):
     assert cli.main(["verify", "--all"]) != 0 and made == ["first"]                           # stopped in the middle: what is done is kept
     experiment["second"] = whole
     said = all_of_it()
-    assert made == ["second"] and f"{NAME}/first: 2 numbers, 0 differences" in said and "3 numbers of 2 stages" in (place / "home/results/VERIFIED.md").read_text()
+    assert made == ["second"] and f"{NAME}/first: 2 numbers, 0 differences" in said and "3 of 3 numbers (2 of 2 stages)" in (place / "home/results/VERIFIED.md").read_text()
     assert all_of_it() and not made
     (place / "home" / "input.txt").write_text("another")
     assert report.outdated(NAME, "first") == ["input.txt"] and not report.outdated(NAME, "second")
