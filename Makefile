@@ -10,7 +10,7 @@
 # processor-only build:  make book TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: book test paper book-pdf bench clean distclean serve constraints
+.PHONY: book test test-notebooks test-pages paper book-pdf bench clean distclean serve constraints
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -37,12 +37,16 @@ book: .venv/.ready
 	@if [ -f mechinterp_lib/cli.py ]; then echo; $(ENV) mechinterp report; fi
 
 test: .venv/.ready
-	@echo "1 of 3: every notebook's own tests"
-	@$(ENV) nbdev_test
-	@echo "2 of 3: the book, warnings as errors"
-	@$(BUILD)
-	@echo "3 of 3: pytest"
+	@echo "1 of 2: every notebook's own tests, and beside them the book, warnings as errors"
+	@$(MAKE) --no-print-directory --jobs 2 test-notebooks test-pages
+	@echo "2 of 2: pytest"
 	@$(ENV) MECHINTERP_NEEDS_BOOK=1 OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+
+test-notebooks: .venv/.ready
+	@$(ENV) OMP_NUM_THREADS=1 nbdev_test --n_workers 1
+
+test-pages: .venv/.ready
+	@$(ENV) OMP_NUM_THREADS=1 $(BUILD)
 
 paper: .venv/.ready
 	@$(ENV) python book/_ext/paper.py --columns $(COLUMNS)

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 __all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS', 'WIDTHS', 'PAIRS', 'RANDOM', 'PROMPTS',
            'TEXTS', 'SETS', 'LEAST', 'AT_HALF', 'CLAIMS', 'AGREEMENT', 'LONGER', 'TIMES', 'FOLLOWED', 'EVOLUTION',
            'FAILURES', 'COURSE', 'PARTS', 'GRID', 'MORE', 'FIRM', 'SUMS', 'COPIES', 'TOLD', 'STAGES', 'courses',
-           'grid_recipe', 'grid', 'grown', 'course_task', 'found_circuit', 'said_right', 'overlap', 'parts', 'moment',
-           'last_moment', 'followed', 'evolution_of', 'summed_up', 'risk', 'told', 'confidence', 'failing_sums',
-           'failing_copies', 'half_trained', 'copiers', 'failures_of', 'evolution_stage', 'kept_stage',
-           'failures_stage', 'halfway_stage', 'Claim', 'claim_table', 'firm_stage', 'looks_behind', 'grid_of',
-           'agreement', 'copiers_with_heads', 'smallest_stage', 'longer_recipe', 'longer_of', 'longer_stage',
-           'runs_missing', 'predictions_stage', 'findings']
+           'grid_recipe', 'grid', 'grown', 'course_task', 'found_circuit', 'said_right', 'overlap', 'contained',
+           'parts', 'moment', 'last_moment', 'followed', 'evolution_of', 'summed_up', 'risk', 'told', 'confidence',
+           'failing_sums', 'failing_copies', 'half_trained', 'copiers', 'failures_of', 'fresh_of', 'failures_stage',
+           'fresh_stage', 'evolution_stage', 'kept_stage', 'halfway_stage', 'Claim', 'claim_table', 'firm_stage',
+           'looks_behind', 'grid_of', 'agreement', 'copiers_with_heads', 'smallest_stage', 'longer_recipe', 'longer_of',
+           'longer_stage', 'runs_missing', 'predictions_stage', 'findings']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -70,7 +70,7 @@ def grown(run: tuple[Recipe, int, int]) -> None:
     if not snapshot_path(recipe, seed, until).exists(): train(recipe, seed, run_dir(recipe, seed) / "model", device="cpu", until=until, progress=False)
 
 # %% ../../nbs/27_open_questions.ipynb #c05a2b87
-PAIRS, RANDOM = 96, 20
+PAIRS, RANDOM = 96, 100
 
 def course_task(task: str, model: TransformerBridge, n: int = PAIRS) -> tuple[Task, Int[Tensor, "pair"]]:
     "Pairs for copying or addition, and the right answers to the clean prompts: `n`, the same for every model."
@@ -97,6 +97,10 @@ def overlap(one: Bool[Tensor, "sender receiver"], other: Bool[Tensor, "sender re
     "Edges in both circuits, as a share of those in either."
     return float((one & other).sum() / (one | other).sum())
 
+def contained(one: Bool[Tensor, "sender receiver"], other: Bool[Tensor, "sender receiver"]) -> float:
+    "Edges in both circuits, as a share of those in the first."
+    return float((one & other).sum() / one.sum())
+
 # %% ../../nbs/27_open_questions.ipynb #f7d4caf2
 def parts(task: str, model: TransformerBridge, wording: str = "question") -> dict[str, float]:
     "How well a model does its task on fresh prompts, and its mechanism: the best previous-token and induction scores of its heads; or the attention that the best head pays to the two tens, from where the sum's tens are asked for."
@@ -120,8 +124,9 @@ def moment(task: str, model: TransformerBridge, last: Bool[Tensor, "circuit send
     row = {"gap": float((runner.clean - runner.corrupted).mean()), "right": said_right(model, whole, answer)} | parts(task, model)
     try: found, shares = found_circuit(model, choose), runner.share(runner(last))
     except InputError: return row                                                               # clean and corrupted prompts cannot be told apart
-    row |= {"edges": int(found.sum()), "edge_share": float(found.sum() / runner.total), "own": float(runner.share(runner(found[None]))), "last": float(shares[0]), "random": float(shares[1:].max())}
-    return row | {"in_last": float(final.share(final(found[None]))), "overlap": overlap(found, last[0]), "overlap_random": float(np.mean([overlap(found, other) for other in last[1:]]))}
+    row |= {"edges": int(found.sum()), "edge_share": float(found.sum() / runner.total), "own": float(runner.share(runner(found[None]))), "last": float(shares[0]), "random": float(shares[1:].max()), "beats": float((shares[1:] < shares[0]).float().mean())}
+    row |= {"in_last": float(final.share(final(found[None])))} | {name: of(last[0], found) for name, of in (("overlap", overlap), ("holds", contained))}
+    return row | {f"{name}_random": float(np.mean([of(other, found) for other in last[1:]])) for name, of in (("overlap", overlap), ("holds", contained))}
 
 # %% ../../nbs/27_open_questions.ipynb #9563cf40
 def last_moment(task: str, seed: int) -> TransformerBridge:
@@ -145,14 +150,14 @@ def evolution_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, f
     beside = torch.stack([last, *(matched_circuit(final.graph, last, draw) for _ in range(RANDOM))])
     steps = [step for step in kept_steps(recipe, seed) if step <= until]
     table = pd.DataFrame([{"step": step} | moment(task, model, beside, final) for step, model in moments(recipe, seed, steps)])
-    return {"evolution": table}, summed_up(table) | {"ceiling": overlap(last, again)}
+    return {"evolution": table}, summed_up(table) | {"ceiling": overlap(last, again), "ceiling_holds": contained(last, again)}
 
 def summed_up(table: pd.DataFrame) -> dict[str, float]:
     "The numbers of a course that the predictions speak of."
     onset = lasting_from(table.step.tolist(), table.gap.tolist(), table.gap.iloc[-1] / 4)
     first, end = table.set_index("step").loc[onset], table.iloc[-1]
     found = {"moments": len(table), "end_skill": end.skill, "end_own": end.own, "end_edges": end.edges, "end_edge_share": end.edge_share, "end_overlap_random": end.overlap_random, "most_edges": table.edges[table.step >= onset].max()}
-    found |= {"onset": onset, "onset_skill": first.skill} | {f"onset_{name}": float(first[name]) for name in ("own", "last", "random", "in_last", "overlap", "overlap_random", "edge_share")} | {"thinning": first.edges / end.edges}
+    found |= {"onset": onset, "onset_skill": first.skill} | {f"onset_{name}": float(first[name]) for name in ("own", "last", "random", "beats", "in_last", "overlap", "overlap_random", "holds", "holds_random", "edge_share")} | {"thinning": first.edges / end.edges}
     for name in ("previous", "induction"):
         if name in table and (step := lasting_from(table.step.tolist(), table[name].tolist(), 0.25)) is not None: found[f"{name}_from"] = step
     return found
@@ -175,12 +180,13 @@ def risk(fit: Float[np.ndarray, "some k"], wrong: Bool[np.ndarray, "some"], new:
     return np.c_[(new - mean) / scale, np.ones(len(new))] @ w
 
 def told(sets: dict[str, Float[np.ndarray, "prompt k"]], wrong: Bool[np.ndarray, "prompt"], first: Bool[np.ndarray, "prompt"]) -> dict[str, float]:
-    "AUROC of each set, and of confidence with the circuit or with the control, fitted on the `first` prompts and judged on the others; of the circuit with shuffled labels, too."
-    both = {f"confidence_{name}": np.c_[sets["confidence"], sets[name]] for name in ("circuit", "control")}
+    "AUROC of each set, of confidence with each other one, and of confidence and difficulty with the circuit (`all`) or with the control, fitted on the `first` prompts and judged on the others; of the circuit with shuffled labels, too."
+    both = {f"confidence_{name}": np.c_[sets["confidence"], sets[name]] for name in ("difficulty", "circuit", "control")}
+    both |= {name: np.c_[both["confidence_difficulty"], sets[last]] for name, last in (("all", "circuit"), ("all_control", "control"))}
     found = {name: float(auroc(risk(x[first], wrong[first], x[~first]), wrong[~first])) for name, x in (sets | both).items()}
     shuffled = np.random.default_rng(0).permutation(wrong[first])
     return found | {"shuffled": float(auroc(risk(sets["circuit"][first], shuffled, sets["circuit"][~first]), wrong[~first])), "wrong": float(wrong.mean()), "judged_wrong": int(wrong[~first].sum()),
-                    "gain": found["confidence_circuit"] - found["confidence"], "gain_control": found["confidence_control"] - found["confidence"], "over_control": found["circuit"] - found["control"]}
+                    "gain": found["confidence_circuit"] - found["confidence"], "gain_control": found["confidence_control"] - found["confidence"], "gain_both": found["all"] - found["confidence_difficulty"], "gain_both_control": found["all_control"] - found["confidence_difficulty"], "over_control": found["circuit"] - found["control"]}
 
 def confidence(logits: Float[Tensor, "prompt d_vocab"]) -> Float[np.ndarray, "prompt 2"]:
     "The log-odds of the most likely token, and the entropy in nats."
@@ -190,10 +196,10 @@ def confidence(logits: Float[Tensor, "prompt d_vocab"]) -> Float[np.ndarray, "pr
     return torch.stack([best - torch.log(-torch.expm1(best).clamp(max=-1e-12)), -(log_p.exp() * log_p).sum(-1)], 1).numpy()
 
 # %% ../../nbs/27_open_questions.ipynb #116c4fc9
-def failing_sums(subject: Subject, place: str) -> tuple[dict[str, Float[np.ndarray, "prompt k"]], Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
+def failing_sums(subject: Subject, place: str, split: str = "test") -> tuple[dict[str, Float[np.ndarray, "prompt k"]], Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
     "What is read where a sum's tens or units are asked for, behind the digits before; whether the digit said is wrong; which prompts are fitted on."
     import torch
-    model, problems = subject.open(), problems_of("test", PROMPTS)
+    model, problems = subject.open(), problems_of(split, PROMPTS)
     asked = ask(model, problems, place)
     rows, row, at = asked.rows, torch.arange(len(problems)), asked.at
     names = [hook_name(model, "resid_mid", layer) for layer in range(model.cfg.n_layers)]
@@ -221,13 +227,13 @@ def _candidates(tokens: Int[Tensor, "row pos"], length: int) -> Float[np.ndarray
             rows.append([*map(len, behind), *(len(set(some)) for some in behind), at - length])
     return np.array(rows, dtype=float).reshape(len(tokens), length - 1, 5)
 
-def failing_copies(subject: Subject, letters: int | None = None) -> tuple[dict[str, Float[np.ndarray, "prompt k"]], Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
-    "What is read at each place of second copies, of passages or of strings of so many letters; whether the letter said is wrong; which places are fitted on, those of every other copy."
+def failing_copies(subject: Subject, letters: int | None = None, skip: int = 0) -> tuple[dict[str, Float[np.ndarray, "prompt k"]], Bool[np.ndarray, "prompt"], Bool[np.ndarray, "prompt"]]:
+    "What is read at each place of second copies, of passages or of strings of so many letters, the first `skip` left out; whether the letter said is wrong; which places are fitted on, those of every other copy."
     import torch
     model, length = subject.open(), 32
-    if letters: rows = torch.randint(letters, (TEXTS, length), generator=generator(EXPERIMENT, "letters"))
-    else: rows = passages(subject, model, length, TEXTS, generator(EXPERIMENT, "passages"))
-    tokens, choose = torch.cat([rows, rows], 1), repeated_random(64, length, model.cfg.d_vocab, generator(EXPERIMENT, "choose"))
+    if letters: rows = torch.randint(letters, (skip + TEXTS, length), generator=generator(EXPERIMENT, "letters"))
+    else: rows = passages(subject, model, length, skip + TEXTS, generator(EXPERIMENT, "passages"))
+    tokens, choose = torch.cat([rows, rows], 1)[skip:], repeated_random(64, length, model.cfg.d_vocab, generator(EXPERIMENT, "choose"))
     logits, scores = capture(model, tokens, [])[0], {name: value.mean(0) for name, value in head_scores(model, choose, length).items()}
     patterns, at = extract_attention(model, tokens).patterns, torch.arange(length, 2 * length - 1)
     layer, order = int(scores["induction"].amax(1).argmax()), scores["induction"].argsort(1, descending=True)
@@ -257,11 +263,11 @@ def copiers() -> list[Subject]:
 
 LEAST = 20
 
-def failures_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
-    "How well each set of numbers tells where a model is wrong, task by task: where at least twenty prompts are wrong among those that are fitted on, and as many among those that are judged."
+def failures_of(subject: Subject, fresh: bool = False) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "How well each set of numbers tells where a model is wrong, task by task: where at least twenty prompts are wrong among those that are fitted on, and as many among those that are judged. On `fresh` prompts, none of them asked before."
     import pandas as pd
-    if subject.family.endswith("early"): asks = {place: partial(failing_sums, place=place) for place in ("tens", "units")}
-    else: asks = {"copies": partial(failing_copies, letters=8 if subject.family == "induction-2l" else None)}
+    if subject.family.endswith("early"): asks = {place: partial(failing_sums, place=place, split="confirmation" if fresh else "test") for place in ("tens", "units")}
+    else: asks = {"copies": partial(failing_copies, letters=8 if subject.family == "induction-2l" else None, skip=TEXTS if fresh else 0)}
     rows = []
     for name, ask_it in asks.items():
         sets, wrong, first = ask_it(subject)
@@ -269,6 +275,22 @@ def failures_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, fl
     table = pd.DataFrame(rows)
     return {"failures": table}, {name: float(value) for name, value in table.drop(columns=["of", "prompts", "judged_wrong"]).mean().items()} if rows else {}
 
+def fresh_of(subject: Subject) -> tuple[dict[str, pd.DataFrame], dict[str, float]]:
+    "The same on problems, passages and strings of which this chapter has asked nothing."
+    tables, numbers = failures_of(subject, fresh=True)
+    return {"fresh": tables["failures"]}, numbers
+
+def failures_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "Where the shipped models are wrong, and what tells it."
+    import pandas as pd
+    parts = [gathered(failures_of, half_trained(), FAILURES, _kept_apart), gathered(failures_of, copiers(), FAILURES, _kept_copies)]
+    return parts[0][0] | parts[1][0], {name: pd.concat([tables[name] for _, tables in parts], ignore_index=True) for name in parts[0][1]}
+
+def fresh_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The models that were kept, on prompts of which nothing was asked."
+    return gathered(fresh_of, [subject for subject in half_trained() if subject.seed in CONFIRMED] + [subject for subject in copiers() if _kept_copies(subject.seed)], FAILURES, _fresh)
+
+# %% ../../nbs/27_open_questions.ipynb #e747ec59
 def evolution_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "Train what is missing, and follow the circuits."
     in_parallel(grown, _course_runs(), "training")
@@ -280,15 +302,9 @@ def kept_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     results, tables = gathered(evolution_of, [subject for task in courses() for subject in followed(task, CONFIRMED)], EVOLUTION, _kept_apart)
     return results, {f"kept_{name}": table for name, table in tables.items()}
 
-def failures_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "Where the shipped models are wrong, and what tells it."
-    import pandas as pd
-    parts = [gathered(failures_of, half_trained(), FAILURES, _kept_apart), gathered(failures_of, copiers(), FAILURES, _kept_copies)]
-    return parts[0][0] | parts[1][0], {name: pd.concat([tables[name] for _, tables in parts], ignore_index=True) for name in parts[0][1]}
-
 # %% ../../nbs/27_open_questions.ipynb #1a4ba567
 _COURSES = ("evolution", "kept_evolution")
-AT_HALF = {"step": "step", "skill": "share of fresh prompts right", "last": "share of the difference that the edges of the last circuit do", "random": "the most of it that one of twenty random circuits does with as many edges of each kind",
+AT_HALF = {"step": "step", "skill": "share of fresh prompts right", "last": "share of the difference that the edges of the last circuit do", "random": "the most of it that one of a hundred random circuits does with as many edges of each kind", "beats": "share of the random circuits that do less than those edges", "holds": "share of the edges of the last circuit that are in the circuit found then", "holds_random": "the same of random circuits with as many edges of each kind as the last one",
            "overlap": "edges in both the circuit found then and the last one, as a share of those in either", "overlap_random": "the same for random circuits with as many edges of each kind", "edge_share": "edges of the circuit found then as a share of all"}
 
 def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
@@ -298,7 +314,7 @@ def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     half = pd.DataFrame([of[of.skill >= of.skill.iloc[-1] / 2].iloc[0] for _, of in course.groupby(["model", "seed"], sort=False)]).reset_index(drop=True)
     results = {}
     for (task, kept), of in half.groupby(["model", half.seed.map(_kept_apart)], sort=False):
-        results[key(task, f"{kept}half_above")] = rate_result(int((of["last"] > of.random).sum()), len(of), unit="", how="share of models in which the edges of the last circuit do more than each of twenty random circuits, at the first moment with half of the skill", seeds=len(of))
+        results[key(task, f"{kept}half_above")] = rate_result(int((of["last"] > of.random).sum()), len(of), unit="", how="share of models in which the edges of the last circuit do more than each of a hundred random circuits, at the first moment with half of the skill", seeds=len(of))
         for name, what in AT_HALF.items():
             values = [np.array([value]) for value in of[name].dropna()]
             if len(values) > 1: results[key(task, f"{kept}half_{name}")] = over_seeds(values, f"{what}, at the first moment with half of the skill", "steps" if name == "step" else "")
@@ -482,19 +498,21 @@ _SHARE = (0.0, 1.0)
 EVOLUTION = {"moments": ("moments of training that were looked at", "", None), "onset": ("step from which on clean and corrupted prompts differ by a quarter of what they do at the end", "steps", None), "onset_skill": ("share of fresh prompts right at onset", "", _SHARE),
              "end_skill": ("share of fresh prompts right at the end", "", _SHARE), "end_own": ("share of the difference that the last circuit does, on pairs that did not choose it", "", None), "end_edges": ("edges of the last circuit", "edges", None), "end_edge_share": ("the same as a share of all edges", "", _SHARE),
              "most_edges": ("most edges of any circuit from onset on", "edges", None), "onset_own": ("share of the difference that the circuit found at onset does then, on pairs that did not choose it", "", None), "onset_last": ("share of the difference at onset that the edges of the last circuit do", "", None),
-             "onset_random": ("the most of it that one of twenty random circuits does with as many edges of each kind", "", None), "onset_in_last": ("share of the difference at the end that the edges found at onset do", "", None), "onset_overlap": ("edges in both the circuit at onset and the last one, as a share of those in either", "", _SHARE),
+             "onset_random": ("the most of it that one of a hundred random circuits does with as many edges of each kind", "", None), "onset_beats": ("share of the random circuits that do less at onset than the edges of the last one", "", _SHARE), "onset_holds": ("share of the edges of the last circuit that are in the circuit found at onset", "", _SHARE), "onset_holds_random": ("the same of random circuits with as many edges of each kind as the last one", "", _SHARE), "onset_in_last": ("share of the difference at the end that the edges found at onset do", "", None), "onset_overlap": ("edges in both the circuit at onset and the last one, as a share of those in either", "", _SHARE),
              "onset_overlap_random": ("the same for random circuits with as many edges of each kind as the last one", "", _SHARE), "end_overlap_random": ("edges in both the last circuit and a random one with as many of each kind, as a share of those in either", "", _SHARE), "onset_edge_share": ("edges of the circuit at onset as a share of all", "", _SHARE),
-             "thinning": ("edges at onset for each edge at the end", "", None), "ceiling": ("edges in both of two circuits of the last model, found on different pairs, as a share of those in either", "", _SHARE),
+             "thinning": ("edges at onset for each edge at the end", "", None), "ceiling": ("edges in both of two circuits of the last model, found on different pairs, as a share of those in either", "", _SHARE), "ceiling_holds": ("share of the edges of one of them that are in the other", "", _SHARE),
              "previous_from": ("step from which on the best previous-token score is at least 0.25", "steps", None), "induction_from": ("step from which on the best induction score is at least 0.25", "steps", None)}
 _AUROC = "AUROC for wrong answers on prompts that were not fitted on"
-FAILURES = {**{name: (f"{_AUROC}: {name.replace('_', ' and ')}", "", _SHARE) for name in (*SETS, "confidence_circuit", "confidence_control")}, "shuffled": (f"{_AUROC}: circuit, fitted to shuffled labels", "", _SHARE), "wrong": ("share of prompts answered wrongly", "", _SHARE),
-            "gain": ("AUROC of confidence and circuit, less that of confidence", "", None), "gain_control": ("AUROC of confidence and control, less that of confidence", "", None), "over_control": ("AUROC of the circuit, less that of the control", "", None)}
+FAILURES = {**{name: (f"{_AUROC}: {name.replace('_', ' and ')}", "", _SHARE) for name in (*SETS, "confidence_difficulty", "confidence_circuit", "confidence_control")}, "all": (f"{_AUROC}: confidence, difficulty and circuit", "", _SHARE), "all_control": (f"{_AUROC}: confidence, difficulty and control", "", _SHARE), "shuffled": (f"{_AUROC}: circuit, fitted to shuffled labels", "", _SHARE), "wrong": ("share of prompts answered wrongly", "", _SHARE),
+            "gain": ("AUROC of confidence and circuit, less that of confidence", "", None), "gain_control": ("AUROC of confidence and control, less that of confidence", "", None), "gain_both": ("AUROC of confidence, difficulty and circuit, less that of confidence and difficulty", "", None), "gain_both_control": ("the same with the control in the circuit's place", "", None), "over_control": ("AUROC of the circuit, less that of the control", "", None)}
 
 def _kept_apart(seed: int) -> str:
     "Seeds of the confirmation set have a name of their own."
     return "kept_" if seed in CONFIRMED else ""
 
 def _kept_copies(seed: int) -> str: return "kept_" if seed >= 2 else ""
+
+def _fresh(seed: int) -> str: return "fresh_"
 
 def runs_missing(runs: Sequence[tuple[Recipe, int, int]]) -> str | None:
     "Why what is trained cannot be asked here without training, or None."
@@ -521,18 +539,20 @@ MORE = {"17": ("with more steps two layers of width 64 copy nine tenths, with on
 FIRM = {"12": ("four fifths of the claims hold in all seeds, and three quarters vary by less than a quarter", lambda of: (of.in_all >= 0.8) & (of.steady >= 0.75))}
 SUMS = {"13": ("confidence tells 0.8, the circuit 0.7, difficulty 0.6, in this order", lambda of: (of.confidence >= 0.8) & (of.circuit >= 0.7) & (of.difficulty >= 0.6) & (of.confidence > of.circuit) & (of.circuit > of.difficulty))}
 COPIES = {"14": ("confidence tells more than the circuit, the circuit more than difficulty, and at least 0.7", lambda of: (of.circuit >= 0.7) & (of.confidence > of.circuit) & (of.circuit > of.difficulty))}
-TOLD = {"15": ("the circuit adds less than 0.02 to confidence", lambda of: of.gain < 0.02), "16": ("the circuit tells more than the control by 0.05", lambda of: of.over_control >= 0.05)}
+TOLD = {"15": ("the circuit adds less than 0.02 to confidence", lambda of: of.gain < 0.02), "16": ("the circuit tells more than the control by 0.05", lambda of: of.over_control >= 0.05),
+        "18": ("the circuit adds less than 0.02 to confidence and difficulty together", lambda of: of.gain_both < 0.02)}
 
-_TABLES = ("evolution_seeds", "kept_evolution_seeds", "grid_seeds", "longer_seeds", "claims", "failures_seeds")
+_TABLES = ("evolution_seeds", "kept_evolution_seeds", "grid_seeds", "longer_seeds", "claims", "failures_seeds", "fresh_seeds")
 
 def predictions_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "How often each prediction held, on the models that were explored and on those that were kept."
     import pandas as pd
-    explored, kept, grids, longer, claims, failures = (load_table(EXPERIMENT, name) for name in _TABLES)
+    explored, kept, grids, longer, claims, failures, fresh = (load_table(EXPERIMENT, name) for name in _TABLES)
     course = pd.concat([explored, kept], ignore_index=True)
     firm = pd.DataFrame([{"model": "claims", "seed": 0, "name": name, "value": value} for name, value in (("in_all", (claims.holds == claims.seeds).mean()), ("steady", (claims.varies < 0.25).mean()))])
-    sums = failures.model.str.endswith("early")
-    asked = [(course, COURSE, _kept_apart), (course[course.model == "copying"], PARTS, _kept_apart), (grids, GRID, _kept_apart), (longer, MORE, _kept_apart), (firm, FIRM, _kept_apart), (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies)]
+    sums, fresh_sums = (table.model.str.endswith("early") for table in (failures, fresh))
+    asked = [(course, COURSE, _kept_apart), (course[course.model == "copying"], PARTS, _kept_apart), (grids, GRID, _kept_apart), (longer, MORE, _kept_apart), (firm, FIRM, _kept_apart), (failures[sums], SUMS | TOLD, _kept_apart), (failures[~sums], COPIES | TOLD, _kept_copies),
+             (fresh[fresh_sums], SUMS | TOLD, _fresh), (fresh[~fresh_sums], COPIES | TOLD, _fresh)]
     results = {name: result for table, predicted, group in asked for name, result in as_predicted(table, predicted, group).items()}
     return results, {}
 
@@ -545,6 +565,8 @@ def _longer_runs() -> list[tuple[Recipe, int, int]]: return [(longer_recipe(*siz
 
 def _grid_runs() -> list[tuple[Recipe, int, int]]: return [(grid_recipe(*size), seed, grid_recipe(*size).steps) for seed in GRID_SEEDS for size in grid()]
 
+_failing_files = partial(subject_files, ("addition-gpt2", "addition-qwen", "shakespeare-induction", "induction-2l"), "tinyshakespeare")
+
 def _claim_files() -> list[Path]: return sorted({path for claim in CLAIMS for path in stored_tables(claim.experiment, [claim.table])})
 
 STAGES = {
@@ -554,7 +576,8 @@ STAGES = {
     "smallest": Stage(smallest_stage, {"layers": list(LAYERS), "heads": list(HEADS), "widths": list(WIDTHS)}, GRID_SEEDS, list, lambda: runs_missing(_grid_runs()), trains=True),
     "longer": Stage(longer_stage, {"sizes": [list(size) for size in LONGER], "times": TIMES}, GRID_SEEDS, list, lambda: runs_missing(_longer_runs()), trains=True),
     "firm": Stage(firm_stage, {"claims": len(CLAIMS)}, range(10), _claim_files),
-    "failures": Stage(failures_stage, {"prompts": PROMPTS, "texts": TEXTS}, range(10), partial(subject_files, ("addition-gpt2", "addition-qwen", "shakespeare-induction", "induction-2l"), "tinyshakespeare"), corpus_missing),
+    "failures": Stage(failures_stage, {"prompts": PROMPTS, "texts": TEXTS}, range(10), _failing_files, corpus_missing),
+    "fresh": Stage(fresh_stage, {"prompts": PROMPTS, "texts": TEXTS}, CONFIRMED, _failing_files, corpus_missing),
     "predictions": Stage(predictions_stage, {"predictions": len(COURSE | PARTS | GRID | MORE | FIRM | SUMS | COPIES | TOLD)}, range(10), partial(stored_tables, EXPERIMENT, _TABLES), partial(tables_missing, EXPERIMENT, _TABLES)),
 }
 
