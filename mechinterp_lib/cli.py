@@ -321,7 +321,7 @@ def _verify_stage(name: str, stage: str, work: Stage, record: Mapping) -> tuple[
     return found["n"], len(found["differences"])
 
 # %% ../nbs/30_cli.ipynb #1feba716
-def _verify(name: str, only: Sequence[str] = ()) -> tuple[int, int, int, list[str]]:
+def _verify(name: str, only: Sequence[str] = (), train: bool = False) -> tuple[int, int, int, list[str]]:
     "Verify the stages of an experiment, or some of them: numbers recomputed, numbers stored, differences, and why others were not recomputed."
     stored, stages, work = load_results(name), load_stages(name), _experiment(name).STAGES
     if only: stages, work = ({stage: of[stage] for stage in only if stage in of} for of in (stages, {check_choice("stage", stage, work): work[stage] for stage in only}))
@@ -329,7 +329,7 @@ def _verify(name: str, only: Sequence[str] = ()) -> tuple[int, int, int, list[st
     for stage in [*work, *(stages.keys() - work.keys())]:
         if stage not in stages: reasons.append(f"{name}/{stage}: nothing stored")
         elif stage not in work: reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers of a stage that the experiment no longer has")
-        elif why := work[stage].missing(): reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers not recomputed: {why}")
+        elif not (train and work[stage].trains) and (why := work[stage].missing()): reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers not recomputed: {why}")
         else:
             some, lines = _verify_stage(name, stage, work[stage], stages[stage])
             done, wrong = done + some, wrong + lines
@@ -341,14 +341,16 @@ def _verify(name: str, only: Sequence[str] = ()) -> tuple[int, int, int, list[st
     return done, len(stored), wrong + len(loose), reasons
 
 # %% ../nbs/30_cli.ipynb #04ddea2f
-def _verify_all(minutes: float) -> int:
+def _verify_all(minutes: float, train: bool, again: bool) -> int:
     "Make again what is not confirmed, the quickest first; go on another time with what is left."
     if not minutes > 0: raise InputError("minutes", minutes, "allowed: above 0")
-    wrong = 0
-    for name, stage, said in verify_all([name for name in EXPERIMENTS if results_dir(name).exists()], minutes):
-        if isinstance(said, str): print(f"{name}/{stage}: left: {said}", flush=True); continue
-        wrong += len(said["differences"])
+    left, before, made, wrong = 0, 0, 0, 0
+    for name, stage, said in verify_all([name for name in EXPERIMENTS if results_dir(name).exists()], minutes, train, again):
+        if said == "": before += 1; continue
+        if isinstance(said, str): left += 1; print(f"{name}/{stage}: left: {said}", flush=True); continue
+        made, wrong = made + 1, wrong + len(said["differences"])
         print(f"{name}/{stage}: {said['n']} numbers, {len(said['differences'])} differences, largest move {said['moved']:.2g}, {said['seconds']:.0f} s", *said["differences"], sep="\n  ", flush=True)
+    print(f"made again now: {made} stages, {wrong} differences; before, with the code, files and numbers that are here: {before}{' (--again makes them once more)' if before else ''}; left: {left}")
     print(f"written to {write_text(home() / 'results' / 'VERIFIED.md', verified_page())}")
     return 1 if wrong else 0
 
@@ -357,9 +359,10 @@ def cmd_verify(args: argparse.Namespace) -> int:
     _check_whole(args.experiment)
     if args.all and (args.experiment or args.stage): raise InputError("experiment", args.experiment or args.stage, "not together with --all")
     if args.stage and not args.experiment: raise InputError("stage", args.stage, "only together with an experiment")
-    if args.all: return _verify_all(args.minutes)
+    if args.again and not args.all: raise InputError("again", True, "only together with --all; an experiment that is named is always made again")
+    if args.all: return _verify_all(args.minutes, args.train, args.again)
     names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment is not None else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
-    done, stored, wrong, reasons = zip(*(_verify(name, args.stage or ()) for name in names))
+    done, stored, wrong, reasons = zip(*(_verify(name, args.stage or (), args.train) for name in names))
     if not sum(done):
         raise InputError("experiment", args.experiment or "all", f"none of {sum(stored)} numbers could be recomputed: {'; '.join(sum(reasons, [])) or 'no results are stored'}")
     print(f"{sum(done)} of {sum(stored)} numbers recomputed, {sum(wrong)} differences")
@@ -475,6 +478,8 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("experiment", nargs="?", help="default: all that have results")
     verify.add_argument("--stage", action="append", help="only this stage (may be given several times)")
     verify.add_argument("--all", action="store_true", help="all experiments, resumable; the report is results/VERIFIED.md")
+    verify.add_argument("--again", action="store_true", help="with --all: make what came out the same before once more")
+    verify.add_argument("--train", action="store_true", help="train what a stage needs and is not here, some minutes to an hour a stage")
     verify.add_argument("--minutes", type=float, default=60.0, help="with --all: start no stage that would end later; default 60")
     for command in (train, run, verify): _spreading(command)
     add("report", cmd_report)

@@ -9,13 +9,13 @@ import hashlib, importlib, json, math, re, time
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
-from .core import InputError, alone, Result, Stage, _git, check_choice, code_hashes, compare_results, file_hashes, home, load_results, load_stages, read_json, results_dir, run_stage, write_json
+from .core import InputError, alone, Result, Stage, _git, check_choice, code_hashes, compare_results, file_hashes, home, load_results, load_stages, load_table, read_json, results_dir, run_stage, write_json
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'experiment', 'changes', 'verified', 'fingerprint', 'confirmed', 'outdated', 'largest_move',
            'verify_stage', 'remember', 'waiting', 'verify_all', 'verified_page', 'lookup', 'render', 'explain',
-           'written_by', 'plain', 'verdicts', 'chapters', 'found', 'claims_table', 'models_table', 'told_elsewhere',
-           'findings_page']
+           'written_by', 'plain', 'verdicts', 'chapters', 'found', 'claims_table', 'models_table', 'others_table',
+           'told_elsewhere', 'findings_page']
 
 # %% ../nbs/19_report.ipynb #467927fb
 EXPERIMENTS = {"induction_heads": "Induction heads", "head_taxonomy": "Head taxonomy", "prediction_formation": "Prediction formation", "addition_circuits": "Addition circuits", "sae_features": "SAE features", "across_models": "Across models", "vision_language": "Vision and language", "open_questions": "Open questions", "method_validation": "Method validation"}      # by module: what their findings are headed
@@ -78,22 +78,22 @@ def remember(name: str, stage: str, found: dict) -> None:
         write_json(path, {key: dict(sorted(known[key].items())) for key in sorted(known)})
 
 # %% ../nbs/19_report.ipynb #00da2ded
-def waiting(names: Sequence[str]) -> tuple[list[tuple[str, str, Stage]], dict[tuple[str, str], str]]:
-    "The stages that can be made again here and have not come out the same with the code and the files that are here, the quickest first; and why others are not among them."
+def waiting(names: Sequence[str], train: bool = False, again: bool = False) -> tuple[list[tuple[str, str, Stage]], dict[tuple[str, str], str]]:
+    "The stages that can be made again here (with `train` those, too, that train their models first) and have not come out the same with the code and the files that are here (with `again` whether or not they have), the quickest first; and why others are not among them, nothing for what has come out the same."
     todo, left = [], {}
     for name in names:
         for stage, work in experiment(name).STAGES.items():
             record = load_stages(name).get(stage)
             if record is None: left[name, stage] = "nothing stored"
-            elif reason := work.missing(): left[name, stage] = reason
-            elif confirmed(name, stage): left[name, stage] = ""
+            elif not (train and work.trains) and (reason := work.missing()): left[name, stage] = reason
+            elif not again and confirmed(name, stage): left[name, stage] = ""
             else: todo.append((record.get("seconds", 0.0), name, stage, work))
     return [(name, stage, work) for _, name, stage, work in sorted(todo, key=lambda one: one[:3])], left
 
-def verify_all(names: Sequence[str], minutes: float | None = 60.0) -> Iterator[tuple[str, str, dict | str]]:
-    "Make stages again, the quickest first, while the time of those that took so long before is not over; each is written down when it is done, and not made again while nothing changes. Yields experiment, stage, and what was found or why it was left."
-    todo, left = waiting(names)
-    yield from ((*place, reason or verified()[place[0]][place[1]]) for place, reason in left.items())
+def verify_all(names: Sequence[str], minutes: float | None = 60.0, train: bool = False, again: bool = False) -> Iterator[tuple[str, str, dict | str]]:
+    "Make stages again (those that are `waiting`), the quickest first, while the time of those that took so long before is not over; each is written down when it is done, and not made again while nothing changes. Yields experiment, stage, and what was found or why it was left: nothing, if it has come out the same before."
+    todo, left = waiting(names, train, again)
+    yield from ((*place, reason) for place, reason in left.items())
     ends = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     for name, stage, work in todo:
         seconds = load_stages(name)[stage].get("seconds", 0.0)
@@ -111,13 +111,13 @@ def verified_page() -> str:
         record, again = load_stages(name).get(stage), verified().get(name, {}).get(stage)
         if record is not None and again and again["fingerprint"] == fingerprint(name, stage):
             done.append(again)
-            rows.append(f"| {EXPERIMENTS[name]} | {stage} | {again['n']:,} | {len(again['differences'])} | {100 * again['moved']:.2g}% | {again['seconds'] / 60:.1f} |")
+            rows.append(f"| {EXPERIMENTS[name]} | {stage}{' (trains)' if work.trains else ''} | {again['n']:,} | {len(again['differences'])} | {100 * again['moved']:.2g}% | {again['seconds'] / 60:.1f} |")
         elif record is not None:
             left += len(record["results"])
             why = work.missing() or ("its code, files or numbers have changed since" if again else "not made again yet")
-            undone.append(f"| {EXPERIMENTS[name]} | {stage} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} | {why} |")
+            undone.append(f"| {EXPERIMENTS[name]} | {stage}{' (trains)' if work.trains else ''} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} | {why} |")
     made = sum(again["n"] for again in done)
-    return "\n".join(["# What was made again", "", f"{made:,} of {made + left:,} numbers ({len(done)} of {len(done) + len(undone)} stages) were made again, from the models or from tables that other stages stored, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. Two numbers differ if they are further apart than a thousandth of the stored one plus a hundredth of its interval (at least a millionth), or plus a ten-thousandth where it has no interval; the ends of the interval and n are compared in the same way.", "",
+    return "\n".join(["# What was made again", "", f"{made:,} of {made + left:,} numbers ({len(done)} of {len(done) + len(undone)} stages) were made again, from the models or from tables that other stages stored, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. Two numbers differ if they are further apart than a thousandth of the stored one plus a hundredth of its interval (at least a millionth), or plus a ten-thousandth where it has no interval; the ends of the interval and n are compared in the same way. `mechinterp verify --all` goes on with what is left, `--again` makes all of it once more; what *trains* needs models that are not shipped, which `--train` trains first.", "",
                       "| experiment | stage | numbers | differ | largest move | minutes |", "|---|---|---|---|---|---|", *rows, "", f"{len(undone)} stages were not made again.", "", "| experiment | stage | numbers | minutes it took | why |", "|---|---|---|---|---|", *undone, ""])
 
 # %% ../nbs/19_report.ipynb #50f1a3b4
@@ -239,6 +239,23 @@ def models_table() -> str:
         rows.append(f"| `{family}` | {sum(not name.endswith('-early') for name in names)} | {about['parameters']:,} | {about['n_layers']} x {about['n_heads']} | {about['d_model']} |")
     return "\n".join(["| models | seeds | parameters | layers x heads | width |", "|---|---|---|---|---|", *rows])
 
+def others_table() -> str:
+    "What findings speak of besides the shipped models, how many there are by the stored tables, and where they come from, as a Markdown table."
+    def of(name: str, table: str, *by: str) -> int:
+        "Rows of a stored table, or how many values there are of some of its columns; none without the table."
+        if not (results_dir(name) / f"{table}.csv").exists(): return 0
+        rows = load_table(name, table)
+        return len(rows.drop_duplicates([*by]) if by else rows)
+    trained = lambda name, stage: f"`mechinterp run {name} --stage {stage}` trains them"
+    rows = [("the addition models when half trained", of("addition_circuits", "halfway", "model", "seed"), "addition_circuits", "shipped, `addition-gpt2/seed0-early` and so on"),
+            ("diets of the induction chapter", of("induction_heads", "diets"), "induction_heads", trained("induction_heads", "diets")),
+            ("sparse autoencoders of `shakespeare` and of the same model untrained", of("sae_features", "quality"), "sae_features", f"some are shipped; {trained('sae_features', 'quality')}"),
+            ("trainings that are followed, copying and addition", of("open_questions", "evolution", "model", "seed") + of("open_questions", "kept_evolution", "model", "seed"), "open_questions", f"{trained('open_questions', 'evolution')}, `kept` those that were kept closed"),
+            ("models of the grids", of("open_questions", "grid"), "open_questions", trained("open_questions", "smallest")),
+            ("two sizes of them, trained for longer", of("open_questions", "longer"), "open_questions", trained("open_questions", "longer")),
+            ("BabyLlama-105, a model of others", 1, "induction_heads", "its files in `MECHINTERP_DATA`, or downloaded")]
+    return "\n".join(["| besides | models | first asked in | where they come from |", "|---|---|---|---|", *(f"| {what} | {number:,} | {EXPERIMENTS[name]} | {where} |" for what, number, name, where in rows if number)])
+
 # %% ../nbs/19_report.ipynb #0a0acf95
 def told_elsewhere() -> list[str]:
     "What other pages say, as far as they are here: what the findings mean for larger models, in full; and where lessons and dead ends are told."
@@ -250,4 +267,4 @@ def told_elsewhere() -> list[str]:
 
 def findings_page() -> str:
     "`results/FINDINGS.md`: what was found, every claim with its status, the models, what it means for larger ones, and where the rest is told; every number read from the results."
-    return "\n".join(["# Findings", "", "What was found, chapter by chapter; then every claim with its status, the models, and what this means for safety. Brackets hold 95% intervals and n.", "", "<!--found-->", found(), "<!--/found-->", "", "## Every claim", "", claims_table(), "", "## The models", "", models_table(), *told_elsewhere(), ""])
+    return "\n".join(["# Findings", "", "What was found, chapter by chapter; then every claim with its status, the models, and what this means for safety. Brackets hold 95% intervals and n.", "", "<!--found-->", found(), "<!--/found-->", "", "## Every claim", "", claims_table(), "", "## The models", "", models_table(), "", others_table(), *told_elsewhere(), ""])

@@ -53,7 +53,7 @@ def test_the_exit_code_reaches_the_shell(place):
 
 @pytest.mark.parametrize("words", [[], ["trian"], ["train"], ["train", "shakespeare", "--seed", "x"], ["train", "shakespeare", "--depth", "3"], ["train", "shakespear"],
                                    ["train", "no/such.json"], ["train", "shakespeare", "--device", "abacus"], ["train", "shakespeare", "--until", "0"],
-                                   ["train", "shakespeare", "--until", "5001"], ["run", "induction_head"], ["verify", "induction_head"], ["verify"], ["verify", NAME],
+                                   ["train", "shakespeare", "--until", "5001"], ["run", "induction_head"], ["verify", "induction_head"], ["verify", "--again"], ["verify"], ["verify", NAME],
                                    ["run", NAME, "--stage", "nothing"],
                                    ["data"], ["data", "additoin"], *(["data", "addition", *more] for more in (
                                        ["--digits", "4"], ["--operation", "times"], ["--wording", "qestion"], ["--wording", "minus"], ["--train", "0"], ["--test", "x"], ["--confirmation", "1601"],
@@ -253,7 +253,13 @@ def test_everything_is_made_again_once(experiment, place, capsys, monkeypatch):
     experiment["second"] = whole
     said = all_of_it()
     assert made == ["second"] and f"{NAME}/first: 2 numbers, 0 differences" in said and "3 of 3 numbers (2 of 2 stages)" in (place / "home/results/VERIFIED.md").read_text()
-    assert all_of_it() and not made
+    assert "before, with the code, files and numbers that are here: 2" in all_of_it() and not made
+    assert "made again now: 2 stages, 0 differences" in all_of_it(0, "--again") and made == ["first", "second"]
+    experiment["second"] = replace(experiment["second"], missing=lambda: "it is not trained here", trains=True)
+    assert f"{NAME}/second: left: it is not trained here" in all_of_it(0, "--again") and made == ["first"]
+    assert "made again now: 2 stages" in all_of_it(0, "--again", "--train") and made == ["first", "second"]
+    assert cli.main(["verify", NAME, "--stage", "second", "--train"]) == 0 and made.pop() == "second"
+    experiment["second"] = replace(experiment["second"], missing=lambda: None, trains=False)
     (place / "home" / "input.txt").write_text("another")
     assert report.outdated(NAME, "first") == ["input.txt"] and not report.outdated(NAME, "second")
     all_of_it()
