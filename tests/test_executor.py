@@ -2,14 +2,15 @@
 import _thread, os, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from mechinterp_lib import cli
+from mechinterp_lib import cli, report
 from mechinterp_lib import executor as executors
-from mechinterp_lib.core import InputError, write_json
+from mechinterp_lib.core import InputError, Result, Stage, write_json
 from mechinterp_lib.executor import executor, in_parallel, in_turn
 from mechinterp_lib.training import Recipe, load_recipe, run_dir, steps_done
 
@@ -121,6 +122,26 @@ def test_a_killed_training_goes_on_to_the_same_weights(cluster, place, monkeypat
     for seed in (3, 4):
         cli.trained_model((recipe, seed, place / f"here{seed}", "cpu", None))
         assert model_files(place / f"here{seed}") == model_files(place / f"ray{seed}")
+
+
+def test_run_and_verify_spread_an_experiment(cluster, place, monkeypatch, capsys):
+    folder = place / "pids"
+    folder.mkdir()
+    def make():
+        found = in_parallel(population.measured, [(folder, n, ()) for n in range(4)])
+        return {f"number{n}": Result(value, value, value, n=1, seeds=1, unit="", how="") for n, value, _ in found}, {}
+    for module, name in ((cli, "_experiment"), (report, "experiment")): monkeypatch.setattr(module, name, lambda name: SimpleNamespace(STAGES={"stage": Stage(make, {})}))
+    def said(*words):
+        assert cli.main([words[0], "induction_heads", *words[1:]]) == 0
+        return capsys.readouterr().out
+    written, spread = place / "home" / "results" / "induction_heads" / "summary.json", ["--executor", "ray", "--address", cluster.address]
+    said("run", *spread)
+    there = written.read_bytes()
+    assert "4 of 4 numbers recomputed, 0 differences" in said("verify", *spread)
+    attempts = [path.read_text() for path in folder.glob("*.pid")]
+    assert len(attempts) == 8 and str(os.getpid()) not in attempts
+    said("run")
+    assert written.read_bytes() == there
 
 
 def test_an_error_is_an_answer(cluster, place):
