@@ -270,6 +270,19 @@ def test_everything_is_made_again_once(experiment, place, capsys, monkeypatch):
     assert "takes about 2 minutes, more than is left" in all_of_it(0, "--minutes", "1") and not made
 
 
+STOPPED = {"models": [], "train": ["shakespeare"], "data": ["addition"], "patch": ["model", "a", "b"], "lens": ["model", "a"], "attention": ["model", "a"], "chat": ["model"], "run": [NAME], "verify": ["--all"], "report": [], "bench": ["lens"]}
+
+
+def test_every_command_is_stopped_with_one_line(monkeypatch, capsys):
+    def stopped(args):
+        "It stops."
+        raise KeyboardInterrupt
+    for command, words in STOPPED.items():
+        monkeypatch.setattr(cli, f"cmd_{command}", stopped)
+        assert cli.main([command, *words]) == 130 and capsys.readouterr() == ("", "mechinterp: stopped\n"), command
+    assert {name.removeprefix("cmd_") for name in vars(cli) if name.startswith("cmd_")} == STOPPED.keys()
+
+
 def test_report(experiment, place, capsys):
     assert cli.main(["report"]) == 0 and "a is 1.0" in (place / "home/results/FINDINGS.md").read_text()
     edit(place, "summary.json", lambda summary: summary.pop("a"))
