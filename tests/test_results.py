@@ -5,6 +5,7 @@ from project import ROOT
 
 from mechinterp_lib import report
 from mechinterp_lib.core import compare_results, load_results, load_stages, read_json, run_stage
+from mechinterp_lib.experiments.open_questions import CARDS, CLAIMS, UNASKED
 from mechinterp_lib.report import EXPERIMENTS, experiment, outdated
 
 STAGES = [(name, stage) for name in EXPERIMENTS for stage in read_json(ROOT / "results" / name / "provenance.json")]
@@ -35,6 +36,11 @@ def test_every_number_and_table_has_a_stage(name):
     assert files == {table for stage in record.values() for table in stage["tables"]}
     stages = experiment(name).STAGES
     assert record.keys() == stages.keys() - {stage for stage, work in stages.items() if work.trains and stage not in record}     # what trains first may not have been made yet
+
+
+def test_every_card_is_asked_of_all_seeds():
+    cards = {card["says"] for name, chapter in report.chapters().items() if name not in ("open_questions", "method_validation") for card in report.verdicts(chapter)}
+    assert cards == CARDS.keys() - {"told without a card"} | UNASKED.keys() and not CARDS.keys() & UNASKED.keys() and len({claim.says for claim in CLAIMS}) == len(CLAIMS)
 
 
 @pytest.mark.parametrize("name, stage", [("induction_heads", "public")])

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS', 'WIDTHS', 'PAIRS', 'RANDOM', 'PROMPTS',
-           'TEXTS', 'SETS', 'LEAST', 'AT_HALF', 'CLAIMS', 'AGREEMENT', 'LONGER', 'TIMES', 'FOLLOWED', 'EVOLUTION',
-           'FAILURES', 'COURSE', 'PARTS', 'GRID', 'MORE', 'FIRM', 'SUMS', 'COPIES', 'TOLD', 'STAGES', 'courses',
-           'grid_recipe', 'grid', 'grown', 'course_task', 'found_circuit', 'said_right', 'overlap', 'contained',
-           'parts', 'moment', 'last_moment', 'followed', 'evolution_of', 'summed_up', 'risk', 'told', 'confidence',
-           'failing_sums', 'failing_copies', 'half_trained', 'copiers', 'failures_of', 'fresh_of', 'failures_stage',
-           'fresh_stage', 'evolution_stage', 'kept_stage', 'halfway_stage', 'Claim', 'claim_table', 'firm_stage',
-           'looks_behind', 'grid_of', 'agreement', 'copiers_with_heads', 'smallest_stage', 'longer_recipe', 'longer_of',
-           'longer_stage', 'runs_missing', 'predictions_stage', 'findings']
+           'TEXTS', 'SETS', 'LEAST', 'AT_HALF', 'CARDS', 'UNASKED', 'CLAIMS', 'AGREEMENT', 'LONGER', 'TIMES',
+           'FOLLOWED', 'EVOLUTION', 'FAILURES', 'COURSE', 'PARTS', 'GRID', 'MORE', 'FIRM', 'SUMS', 'COPIES', 'TOLD',
+           'STAGES', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task', 'found_circuit', 'said_right', 'overlap',
+           'contained', 'parts', 'moment', 'last_moment', 'followed', 'evolution_of', 'summed_up', 'risk', 'told',
+           'confidence', 'failing_sums', 'failing_copies', 'half_trained', 'copiers', 'failures_of', 'fresh_of',
+           'failures_stage', 'fresh_stage', 'evolution_stage', 'kept_stage', 'halfway_stage', 'Claim', 'claim_table',
+           'firm_stage', 'looks_behind', 'grid_of', 'agreement', 'copiers_with_heads', 'smallest_stage',
+           'longer_recipe', 'longer_of', 'longer_stage', 'runs_missing', 'predictions_stage', 'findings']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -338,7 +338,10 @@ class Claim:
 
     def seeds(self) -> pd.DataFrame:
         "Model, seed, effect, and whether the claim holds there."
-        table = load_table(self.experiment, self.table).rename(columns={"diet": "model"})
+        import pandas as pd
+        table = load_table(self.experiment, self.table).rename(columns={"diet": "model", "pair": "seed"})
+        if "model" not in table: table = table.assign(model=table["name"] if "name" in table else self.table)
+        if "one" in table: table = pd.concat([table.assign(seed=table[end]) for end in ("one", "two")])     # what is said of two seeds counts for both
         if "chosen" in table: table = table.sort_values("chosen")                               # the last head is the best one on the texts that choose
         def read(rows: str, value: str) -> pd.Series:
             "One number for each model and seed."
@@ -356,41 +359,189 @@ def _measured(model: str, measure: str) -> str: return f"model == '{model}' and 
 
 # %% ../../nbs/27_open_questions.ipynb #e6f5d5f1
 _ABOVE = 1e-9                                                                                  # more than nothing
+_BLOCKS = (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))
 
-CLAIMS: tuple[Claim, ...] = (
-    Claim("induction_heads", "models of repeats alone copy random strings", "copying_ours", _measured("induction-2l", "random_second_accuracy"), least=0.9),
-    Claim("induction_heads", "they match on two characters, not one", "match_length", "model == 'induction-2l' and measure == 'probability' and match == 2 and not rival", "model == 'induction-2l' and measure == 'probability' and match == 1 and not rival", least=_ABOVE),
-    Claim("induction_heads", "the keys carry the circuit: without previous-token heads in them the score falls", "composition", "model == 'induction-2l' and part == 'intact' and stimulus == 'random'", "model == 'induction-2l' and part == 'k' and source == 'previous' and stimulus == 'random'", least=_ABOVE, value="score"),
-    Claim("induction_heads", "six layers on text alone grow no induction head", "copying_ours", _measured("shakespeare-small", "best_induction"), most=0.1),
-    Claim("induction_heads", "and hardly copy passages", "copying_ours", _measured("shakespeare-small", "natural_advantage"), most=0.1),
-    Claim("induction_heads", "with a fifth of repeats two layers copy passages", "copying_ours", _measured("shakespeare-induction", "natural_advantage"), least=0.5),
-    Claim("induction_heads", "without their induction heads they copy worse", "ablation", "model == 'shakespeare-induction' and group == 'induction' and method == 'mean' and measure == 'natural_second_loss'", least=_ABOVE, value="change"),
-    Claim("induction_heads", "after a warm-up two repeats in a hundred keep the heads", "diets", "model == 'diet-random-0.02-warm'", least=0.25, value="best_induction"),
-    Claim("induction_heads", "with none they are gone", "diets", "model == 'diet-random-0-warm'", most=0.1, value="best_induction"),
-    Claim("induction_heads", "the circuit does more than any random one with edges of the same kinds", "circuits", "model == 'shakespeare-induction'", "model == 'shakespeare-induction'", least=_ABOVE, value="faithfulness", minus_value="best_matched"),
-    Claim("head_taxonomy", "roles of larger models are absent: no induction head among six layers", "roles", "model == 'shakespeare-small' and role == 'induction' and score == score", most=0.1, value="score", over="last", own=False),
-    Claim("head_taxonomy", "nor successor heads", "roles", "model == 'shakespeare-small' and role == 'successor' and score == score", most=0.1, value="score", over="last"),
-    Claim("head_taxonomy", "some head goes by place", "roles", "model == 'shakespeare-small' and role == 'positional' and score == score", least=0.5, value="score", over="last"),
-    Claim("head_taxonomy", "previous-token heads are missed more than others", "grouped", "role == 'previous' and method == 'mean' and model == 'shakespeare-small'", "role == 'previous' and method == 'mean' and model == 'shakespeare-small'", least=_ABOVE, value="change", minus_value="control"),
-    Claim("prediction_formation", "the plain lens is further from the model than a translator", "formation", "model == 'shakespeare-small' and measure == 'kl' and mode == 'norm' and layer == '1'", "model == 'shakespeare-small' and measure == 'kl' and mode == 'tuned' and layer == '1'", least=_ABOVE),
-    Claim("prediction_formation", "the last layer takes off less than the lens says", "formation", "model == 'shakespeare-small' and measure == 'cross_entropy' and mode == 'norm' and layer == '4'", "model == 'shakespeare-small' and measure == 'cross_entropy' and mode == 'tuned' and layer == '4'", least=_ABOVE),
-)
+CARDS: dict[str, tuple[Claim, ...]] = {
+    "Two layers fed on random repeats grow the two-head induction circuit": (
+        Claim("induction_heads", "models of repeats alone copy random strings", "copying_ours", _measured("induction-2l", "random_second_accuracy"), least=0.9),
+        Claim("induction_heads", "the keys carry the circuit: without previous-token heads in them the score falls", "composition", "model == 'induction-2l' and part == 'intact' and stimulus == 'random'", "model == 'induction-2l' and part == 'k' and source == 'previous' and stimulus == 'random'", least=_ABOVE, value="score"),
+        Claim("induction_heads", "models of repeats alone have an induction head", "copying_ours", _measured("induction-2l", "best_induction"), least=0.25),
+    ),
+    "Heads trained on random repeats match on one character": (
+        Claim("induction_heads", "models of repeats alone match on two characters, not one", "match_length", "model == 'induction-2l' and measure == 'probability' and match == 2 and not rival", "model == 'induction-2l' and measure == 'probability' and match == 1 and not rival", least=_ABOVE),
+    ),
+    "Copying on repeats alone comes in two phase changes: first it matches on one character, then on two": (
+        Claim("induction_heads", "on the plateau one agreeing character is worth no less than two", "course", "model == 'induction-2l' and 0.65 <= random_second_accuracy <= 0.8", "model == 'induction-2l' and 0.65 <= random_second_accuracy <= 0.8", least=0.0, value="match_1", minus_value="match_2"),
+        Claim("induction_heads", "at the end one agreeing character is worth less than on the plateau", "course", "model == 'induction-2l' and 0.65 <= random_second_accuracy <= 0.8", "model == 'induction-2l' and step == 4000", least=_ABOVE, value="match_1"),
+    ),
+    "A small model trained on text alone has no induction heads": (
+        Claim("induction_heads", "six layers on text alone grow no induction head", "copying_ours", _measured("shakespeare-small", "best_induction"), most=0.1),
+        Claim("induction_heads", "six layers on text alone hardly copy passages", "copying_ours", _measured("shakespeare-small", "natural_advantage"), most=0.1),
+        Claim("induction_heads", "two layers on text alone grow no induction head", "diets", "model == 'diet-random-0'", most=0.1, value="best_induction"),
+    ),
+    "Six layers on text alone read mostly the last eight characters, by many parts at once": (
+        Claim("induction_heads", "six layers on text alone miss the fifth to eighth last characters more than the ninth to 32nd", "reach", "model == 'shakespeare-small' and before == 'cut' and kept in (4, 32)", "model == 'shakespeare-small' and before == 'cut' and kept == 8", least=_ABOVE, value="rise"),
+        Claim("induction_heads", "no head of six layers brings back half of what the second last character changes", "local", "model == 'shakespeare-small' and back == 2 and measure == 'denoise_head'", most=0.5),
+    ),
+    "No warm-up, no heads: up to a fifth of repeats from the start does not grow any": (
+        Claim("induction_heads", "a fifth of repeats from the start grows a head without a warm-up", "diets", "model == 'diet-random-0.2'", least=0.25, value="best_induction"),
+    ),
+    "Heads raised on random repeats need repeats to survive, and few are enough": (
+        Claim("induction_heads", "after a warm-up two repeats in a hundred keep the heads", "diets", "model == 'diet-random-0.02-warm'", least=0.25, value="best_induction"),
+        Claim("induction_heads", "after a warm-up without repeats they are gone", "diets", "model == 'diet-random-0-warm'", most=0.1, value="best_induction"),
+    ),
+}
+
+# %% ../../nbs/27_open_questions.ipynb #b50a0f8a
+CARDS |= {
+    "Fed on a fifth of real repeats, a two-layer Shakespeare model has the two-head circuit, and copies real text with it": (
+        Claim("induction_heads", "with a fifth of repeats two layers copy passages", "copying_ours", _measured("shakespeare-induction", "natural_advantage"), least=0.5),
+        Claim("induction_heads", "without their induction heads models that copy passages do it worse", "ablation", "model == 'shakespeare-induction' and group == 'induction' and method == 'mean' and measure == 'natural_second_loss'", least=_ABOVE, value="change"),
+    ),
+    "The previous-token message reaches the keys of the induction heads directly, past the MLP": (
+        Claim("induction_heads", "without MLPs the previous-token message reaches the keys directly, more than the values", "patching_paths", "model == 'induction-2l' and exchange == 'first' and direction == 'denoise' and sender == 'heads' and receiver == 'k'", "model == 'induction-2l' and exchange == 'first' and direction == 'denoise' and sender == 'heads' and receiver == 'v'", least=_ABOVE, value="share"),
+        Claim("induction_heads", "with MLPs more of the message comes from the first MLP than directly", "patching_paths", "model == 'shakespeare-induction' and exchange == 'first' and direction == 'denoise' and sender == 'mlp' and receiver == 'k'", "model == 'shakespeare-induction' and exchange == 'first' and direction == 'denoise' and sender == 'heads' and receiver == 'k'", least=_ABOVE, value="share"),
+    ),
+    "A fifth of the edges, or fewer, do nine tenths of the difference between two prompts": (
+        Claim("induction_heads", "the circuit does more than any random one with edges of the same kinds", "circuits", "model == 'shakespeare-induction'", "model == 'shakespeare-induction'", least=_ABOVE, value="faithfulness", minus_value="best_matched"),
+        Claim("induction_heads", "a fifth of the edges or fewer are in the circuit of copying", "circuits", "model in ('induction-2l', 'shakespeare-induction')", most=0.2, value="edge_share"),
+        Claim("induction_heads", "the circuit of copying does nine tenths of the difference on pairs that did not choose it", "circuits", "model in ('induction-2l', 'shakespeare-induction')", least=0.9, value="faithfulness"),
+        Claim("induction_heads", "the circuit of models of repeats alone does more than any random one with edges of the same kinds", "circuits", "model == 'induction-2l'", "model == 'induction-2l'", least=_ABOVE, value="faithfulness", minus_value="best_matched"),
+    ),
+    "These edges are enough for the difference between two prompts, not for copying: with the rest at its mean they do less than half alone": (
+        Claim("induction_heads", "with the rest at its mean the circuit of copying does less than half alone", "circuit_variations", "level == 'edge' and scores == 'eap-ig' and ablation == 'mean' and measure == 'faithfulness'", most=0.5),
+    ),
+    "Repeats of real passages give copying that carries over to real text; repeats of random characters hardly do": (
+        Claim("induction_heads", "repeats of real passages teach two layers to copy unseen ones", "diets", "model == 'diet-natural-0.2-warm'", least=0.5, value="natural_advantage"),
+        Claim("induction_heads", "repeats of random characters hardly teach to copy passages", "diets", "model == 'diet-random-0.2-warm'", most=0.1, value="natural_advantage"),
+    ),
+}
 
 # %% ../../nbs/27_open_questions.ipynb #b308d211
-CLAIMS += (
-    *(Claim("addition_circuits", f"all confirmation sums are right ({blocks})", "accuracy_seeds", _named("accuracy_question", model), least=1.0, own=False) for model, blocks in (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))),
-    *(Claim("addition_circuits", f"told about another problem, the tens are what one function says ({blocks})", "algorithm_seeds", _named("effect_same_tens_2", model), least=0.9) for model, blocks in (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))),
-    Claim("addition_circuits", "the carry is a switch (GPT-2)", "algorithm_seeds", _named("along_carry_switch_2", "addition-gpt2"), least=0.9),
-    Claim("addition_circuits", "the carry is less of a switch (Qwen3)", "algorithm_seeds", _named("along_carry_switch_2", "addition-qwen"), most=0.9),
-    *(Claim("addition_circuits", f"two frequencies are enough for half of the units ({blocks})", "waves_seeds", _named("right_with_two_best", model), least=0.5) for model, blocks in (("addition-gpt2", "GPT-2"), ("addition-qwen", "Qwen3"))),
-    Claim("addition_circuits", "the circuit of the tens does more than any random one with edges of the same kinds", "circuits_seeds", _named("circuit_faithfulness_tens"), _named("circuit_best_matched_tens"), least=_ABOVE),
-    Claim("sae_features", "no feature tells the carry as a linear probe does", "sums_of_model_seeds", _named("f1_carry_probe_0"), _named("f1_carry_feature_0"), least=_ABOVE),
-    Claim("across_models", "in the upper half MLPs add more than attention", "reading_seeds", _named("mlp_upper", "shakespeare-small"), _named("attention_upper", "shakespeare-small"), least=_ABOVE),
-    Claim("vision_language", "a colour stays on its shape's patches to the end of the tower", "tower_seeds", _named("tower_touched_out"), _named("tower_rest_out"), least=0.5),
-    Claim("vision_language", "it is read at the word that names the shape", "tower_seeds", _named("decoder_word_1"), least=0.5),
-    Claim("vision_language", "the lens puts it first on its patches no more often than one in four", "lens_seeds", _named("lens_touched_3", "shapes"), most=0.25),
-    Claim("vision_language", "two heads are needed for colours, two others are not", "without_seeds", _named("lost_readers_colour"), _named("lost_others_colour"), least=_ABOVE),
-)
+CARDS |= {
+    "Most heads of a small text model have a large role, and nearly all large roles are by place": (
+        Claim("head_taxonomy", "some head goes by place", "roles", "model == 'shakespeare-small' and role == 'positional' and score == score", least=0.5, value="score", over="last"),
+        Claim("head_taxonomy", "most heads of a small text model have a large role", "roles", "model == 'shakespeare-small' and holds and score >= 0.3", least=19, value="label", over="nunique"),
+        Claim("head_taxonomy", "more large roles are by place than not", "roles", "model == 'shakespeare-small' and holds and score >= 0.3 and role in ('positional', 'local', 'previous', 'current')", "model == 'shakespeare-small' and holds and score >= 0.3 and role not in ('positional', 'local', 'previous', 'current')", least=_ABOVE, value="label", over="count"),
+    ),
+    "Seeds grow like heads in like layers": (
+        Claim("head_taxonomy", "heads of another seed are more alike within layers than dealt to layers at random", "stability", "model == 'shakespeare-small'", "model == 'shakespeare-small'", least=_ABOVE, value="dealt", minus_value="paired"),
+    ),
+    "Previous-token heads matter more than others of their layers": (
+        Claim("head_taxonomy", "previous-token heads are missed more than others", "grouped", "role == 'previous' and method == 'mean' and model == 'shakespeare-small'", "role == 'previous' and method == 'mean' and model == 'shakespeare-small'", least=_ABOVE, value="change", minus_value="control"),
+        Claim("head_taxonomy", "previous-token heads are missed more, too, with another text's output in their place", "grouped", "role == 'previous' and method == 'resample' and model == 'shakespeare-small'", "role == 'previous' and method == 'resample' and model == 'shakespeare-small'", least=_ABOVE, value="change", minus_value="control"),
+    ),
+    "Low layers hold bigrams, the next ones trigrams, and the middle adds the context": (
+        Claim("prediction_formation", "the embedding is nearer to its bigrams than to those of another place", "formation", "model == 'shakespeare-small' and mode == 'tuned' and layer == 'embed' and measure == 'from_elsewhere'", "model == 'shakespeare-small' and mode == 'tuned' and layer == 'embed' and measure == 'from_bigram'", least=_ABOVE),
+        Claim("prediction_formation", "no layer is as near to trigrams as the embedding to bigrams", "formation", "model == 'shakespeare-small' and mode == 'tuned' and measure == 'from_trigram'", "model == 'shakespeare-small' and mode == 'tuned' and layer == 'embed' and measure == 'from_bigram'", least=_ABOVE, over="min"),
+    ),
+    "The usual lens (final norm) misleads, most in the low layers": (
+        Claim("prediction_formation", "the plain lens is further from the model than a translator", "formation", "model == 'shakespeare-small' and measure == 'kl' and mode == 'norm' and layer == '1'", "model == 'shakespeare-small' and measure == 'kl' and mode == 'tuned' and layer == '1'", least=_ABOVE),
+        Claim("prediction_formation", "the plain lens is further off after layer 1 than after layer 4", "formation", "model == 'shakespeare-small' and measure == 'kl' and (mode == 'norm' and layer == '1' or mode == 'tuned' and layer == '4')", "model == 'shakespeare-small' and measure == 'kl' and (mode == 'tuned' and layer == '1' or mode == 'norm' and layer == '4')", least=_ABOVE, over="sum"),
+    ),
+    "The last layer only polishes": (
+        Claim("prediction_formation", "the last layer takes off less than the lens says", "formation", "model == 'shakespeare-small' and measure == 'cross_entropy' and mode == 'norm' and layer == '4'", "model == 'shakespeare-small' and measure == 'cross_entropy' and mode == 'tuned' and layer == '4'", least=_ABOVE),
+    ),
+}
+
+# %% ../../nbs/27_open_questions.ipynb #688adaa1
+CARDS |= {
+    "Told about another problem part by part, the models say what one short function says": (
+        *(Claim("addition_circuits", f"told about another problem, the tens are what one function says ({blocks})", "algorithm_seeds", _named("effect_same_tens_2", model), least=0.9) for model, blocks in _BLOCKS),
+        *(Claim("addition_circuits", f"told what the place below brings in another problem, the tens are what the function says ({blocks})", "algorithm_seeds", _named("effect_below_tens_2", model), least=0.9) for model, blocks in _BLOCKS),
+        *(Claim("addition_circuits", f"told about another problem, the tens of three digits are what it says ({blocks})", "algorithm_seeds", _named("effect_same_tens_3", model), least=0.9) for model, blocks in _BLOCKS),
+        *(Claim("addition_circuits", f"told about another problem in the bare form, the tens are what it says ({blocks})", "wordings_seeds", _named("worded_same_tens_bare", model), least=0.9) for model, blocks in _BLOCKS),
+    ),
+    "The carry is a switch with two positions": (
+        Claim("addition_circuits", "the carry is a switch (GPT-2)", "algorithm_seeds", _named("along_carry_switch_2", "addition-gpt2"), least=0.9),
+        Claim("addition_circuits", "the carry is less of a switch (Qwen3)", "algorithm_seeds", _named("along_carry_switch_2", "addition-qwen"), most=0.9),
+        Claim("addition_circuits", "moved from one position to the other the carry flips more pairs than shuffled sums (GPT-2)", "algorithm_seeds", _named("exchanged_carry_2", "addition-gpt2"), _named("exchanged_shuffled_2", "addition-gpt2"), least=_ABOVE),
+        Claim("addition_circuits", "along the carry's direction the sum of the units tells more than a switch (Qwen3)", "algorithm_seeds", _named("along_carry_sum_2", "addition-qwen"), _named("along_carry_switch_2", "addition-qwen"), least=_ABOVE),
+        Claim("addition_circuits", "moved, that sum flips more pairs than the switch (Qwen3)", "algorithm_seeds", _named("exchanged_sum_2", "addition-qwen"), _named("exchanged_carry_2", "addition-qwen"), least=_ABOVE),
+    ),
+    "Digits are circles of two frequencies, which are enough for the units": (
+        *(Claim("addition_circuits", f"two frequencies are enough for half of the units ({blocks})", "waves_seeds", _named("right_with_two_best", model), least=0.5) for model, blocks in _BLOCKS),
+        *(Claim("addition_circuits", f"two frequencies hold more of the digits' embeddings than of digits in random orders ({blocks})", "waves_seeds", _named("embedding_two_best", model), _named("embedding_two_best_shuffled", model), least=_ABOVE) for model, blocks in _BLOCKS),
+        *(Claim("addition_circuits", f"without two frequencies fewer units are right than without random patterns ({blocks})", "waves_seeds", _named("right_without_random", model), _named("right_without_two_best", model), least=_ABOVE) for model, blocks in _BLOCKS),
+    ),
+    "A third of the edges is the circuit for the tens": (
+        Claim("addition_circuits", "the circuit of the tens does more than any random one with edges of the same kinds", "circuits_seeds", _named("circuit_faithfulness_tens"), _named("circuit_best_matched_tens"), least=_ABOVE),
+        Claim("addition_circuits", "a third of the edges or fewer are in the circuit of the tens", "circuits_seeds", _named("circuit_edge_share_tens"), most=1 / 3),
+        Claim("addition_circuits", "more is lost without the circuit of the tens than without as many other edges", "circuits_seeds", _named("circuit_necessity_tens"), _named("circuit_most_outside_tens"), least=_ABOVE),
+    ),
+    "Where the tens are predicted, the carry stands in the stream after layer 0, and moving it there moves the tens": (
+        Claim("addition_circuits", "moved by the carry's mean after layer 0, the tens stay more often than they move", "carry_seeds", _named("carry_stayed_0"), _named("carry_moved_0"), least=_ABOVE),
+    ),
+}
+
+# %% ../../nbs/27_open_questions.ipynb #74225bf5
+def _trained(layer: int) -> str: return f"trained and layer == {layer} and k == 32 and d_sae == 768"
+
+CARDS |= {
+    "An autoencoder finds what is there": (
+        Claim("sae_features", "an autoencoder finds more of a planted dictionary than one that has learned nothing", "planted", "axis == 'active' and value == 4", "axis == 'active' and value == 4", least=_ABOVE, value="recall", minus_value="untrained_recall"),
+        Claim("sae_features", "an autoencoder finds more of it than principal components", "planted", "axis == 'active' and value == 4", "axis == 'active' and value == 4", least=_ABOVE, value="recall", minus_value="components_recall"),
+        Claim("sae_features", "with sixteen entries at a time an autoencoder finds less than half", "planted", "axis == 'active' and value == 16", most=0.5, value="recall"),
+    ),
+    "A dictionary has features for what the model is known to work with": (
+        Claim("sae_features", "no feature tells the carry as a linear probe does", "sums_of_model_seeds", _named("f1_carry_probe_0"), _named("f1_carry_feature_0"), least=_ABOVE),
+        Claim("sae_features", "no feature tells the tens of a as a linear probe does", "sums_of_model_seeds", _named("f1_a tens_probe_0"), _named("f1_a tens_feature_0"), least=_ABOVE),
+        Claim("sae_features", "no feature tells the tens of b as a linear probe does", "sums_of_model_seeds", _named("f1_b tens_probe_0"), _named("f1_b tens_feature_0"), least=_ABOVE),
+    ),
+    "The feature that tells the carry carries": (
+        Claim("sae_features", "without the feature of the carry no more carries are dropped than without the worst of ten others", "sums_of_model_seeds", _named("dropped_0"), _named("most_others_dropped_0"), most=0.0),
+    ),
+    "A good score on the usual measures is a sign of a trained model": (
+        *(Claim("sae_features", f"more of an untrained model's variance is explained (layer {layer})", "quality", f"not {_trained(layer)}", _trained(layer), least=_ABOVE, value="explained_variance") for layer in (2, 4)),
+    ),
+    "Of the features that a listed description fits, those that look far back are of the trained model": (
+        *(Claim("sae_features", f"of the descriptions that fit some look back three letters or more (layer {layer})", "described_shares", f"set == 'trained' and layer == {layer}", least=_ABOVE, value="far") for layer in (2, 4)),
+    ),
+    "A feature drawn at random can be described": (
+        *(Claim("sae_features", f"a program describes less than half of the features (layer {layer})", "described_shares", f"set == 'trained' and layer == {layer}", most=0.5, value="fits") for layer in (2, 4)),
+    ),
+    "Another seed finds the same features": (
+        Claim("sae_features", "less than half of the features have a partner in another seed", "agreement", "model in ('trained_2_32_768', 'trained_4_32_768')", most=0.5, value="agree"),
+        Claim("sae_features", "less than half have one with eight features active", "agreement", "model in ('trained_2_8_768', 'trained_4_8_768')", most=0.5, value="agree"),
+    ),
+}
+
+# %% ../../nbs/27_open_questions.ipynb #d595b3b1
+CARDS |= {
+    "At equal depth predictions have come equally far": (
+        Claim("across_models", "a model twice as wide is further from a seed than other seeds are", "distances", "seed >= 0", "seed >= 0", least=_ABOVE, value="width", minus_value="seeds"),
+        Claim("across_models", "a model of other text and architecture is further still", "distances", "seed >= 0", "seed >= 0", least=_ABOVE, value="text", minus_value="width"),
+    ),
+    "MLPs of the upper half write the difference of the right answer and a wrong one": (
+        Claim("across_models", "in the upper half MLPs add more than attention", "reading_seeds", _named("mlp_upper", "shakespeare-small"), _named("attention_upper", "shakespeare-small"), least=_ABOVE),
+        *(Claim("across_models", f"in the upper half of models that add MLPs add more than attention ({blocks})", "reading_seeds", _named("mlp_upper", model), _named("attention_upper", model), least=_ABOVE) for model, blocks in _BLOCKS),
+    ),
+    "Heads in the middle move the answer most": (
+        Claim("across_models", "heads in the middle hold more of the effects than of the heads", "reading_seeds", _named("heads_middle", "shakespeare-small"), _named("of_heads_middle", "shakespeare-small"), least=_ABOVE),
+    ),
+    "A colour leaves the shape's patches in the vision tower": (
+        Claim("vision_language", "a colour stays on its shape's patches to the end of the tower", "tower_seeds", _named("tower_touched_out"), _named("tower_rest_out"), least=0.5),
+    ),
+    "The word that names a shape looks up its colour, in the decoder's first layer": (
+        Claim("vision_language", "a colour is read at the word that names the shape", "tower_seeds", _named("decoder_word_1"), least=0.5),
+        Claim("vision_language", "two heads are needed for colours, two others are not", "without_seeds", _named("lost_readers_colour"), _named("lost_others_colour"), least=_ABOVE),
+        Claim("vision_language", "two heads bring more of the colour to that word than two others", "heads_seeds", _named("word_two_heads"), _named("word_other_heads"), least=_ABOVE),
+    ),
+    "Picture tokens say what is on them": (
+        Claim("vision_language", "the lens puts a colour first on its patches no more often than one in four", "lens_seeds", _named("lens_touched_3", "shapes"), most=0.25),
+        Claim("vision_language", "the lens puts a colour first on its patches no more often than on others", "lens_seeds", _named("lens_touched_3", "shapes"), _named("lens_rest_3", "shapes"), most=0.0),
+    ),
+    "told without a card": (
+        Claim("head_taxonomy", "roles of larger models are absent: no induction head among six layers", "roles", "model == 'shakespeare-small' and role == 'induction' and score == score", most=0.1, value="score", over="last", own=False),
+        Claim("head_taxonomy", "no successor head among six layers", "roles", "model == 'shakespeare-small' and role == 'successor' and score == score", most=0.1, value="score", over="last"),
+        *(Claim("addition_circuits", f"all confirmation sums are right ({blocks})", "accuracy_seeds", _named("accuracy_question", model), least=1.0, own=False) for model, blocks in _BLOCKS),
+    ),
+}
+
+UNASKED = {"They all compute it at the same places": "the number of ways is one number over all models",
+           "A described feature causes what its description makes us expect, more than others would": "one autoencoder of one model, ten of its features"}
+
+CLAIMS = tuple(itertools.chain(*CARDS.values()))
 
 # %% ../../nbs/27_open_questions.ipynb #90401e87
 def claim_table(claim: Claim) -> pd.DataFrame:
