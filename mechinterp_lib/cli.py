@@ -331,9 +331,9 @@ def _verify(name: str, only: Sequence[str] = (), train: bool = False) -> tuple[i
         elif stage not in work: reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers of a stage that the experiment no longer has")
         elif not (train and work[stage].trains) and (why := work[stage].missing()): reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers not recomputed: {why}")
         else:
-            some, lines = _verify_stage(name, stage, work[stage], stages[stage])
-            done, wrong = done + some, wrong + lines
-            continue
+            try: some, lines = _verify_stage(name, stage, work[stage], stages[stage])
+            except InputError as error: reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers could not be made: {error}")
+            else: done, wrong = done + some, wrong + lines; continue
         print(reasons[-1])
     if loose := [] if only else sorted(stored.keys() - {key for record in stages.values() for key in record["results"]}):
         reasons.append(f"{name}: numbers that no stage made: {', '.join(loose)}")
@@ -341,11 +341,12 @@ def _verify(name: str, only: Sequence[str] = (), train: bool = False) -> tuple[i
     return done, len(stored), wrong + len(loose), reasons
 
 # %% ../nbs/30_cli.ipynb #04ddea2f
-def _verify_all(minutes: float, train: bool, again: bool) -> int:
-    "Make again what is not confirmed, the quickest first; go on another time with what is left."
+def _verify_all(minutes: float | None, again: bool) -> int:
+    "Make again what is not confirmed, the quickest first, and go on another time with what is left; or all of it."
+    minutes = minutes if minutes is not None else float("inf") if again else 60.0
     if not minutes > 0: raise InputError("minutes", minutes, "allowed: above 0")
     left, before, made, wrong = 0, 0, 0, 0
-    for name, stage, said in verify_all([name for name in EXPERIMENTS if results_dir(name).exists()], minutes, train, again):
+    for name, stage, said in verify_all([name for name in EXPERIMENTS if results_dir(name).exists()], minutes, again):
         if said == "": before += 1; continue
         if isinstance(said, str): left += 1; print(f"{name}/{stage}: left: {said}", flush=True); continue
         made, wrong = made + 1, wrong + len(said["differences"])
@@ -360,7 +361,8 @@ def cmd_verify(args: argparse.Namespace) -> int:
     if args.all and (args.experiment or args.stage): raise InputError("experiment", args.experiment or args.stage, "not together with --all")
     if args.stage and not args.experiment: raise InputError("stage", args.stage, "only together with an experiment")
     if args.again and not args.all: raise InputError("again", True, "only together with --all; an experiment that is named is always made again")
-    if args.all: return _verify_all(args.minutes, args.train, args.again)
+    if args.train and not args.experiment: raise InputError("train", True, "only together with an experiment: what its stages train takes hours")
+    if args.all: return _verify_all(args.minutes, args.again)
     names = [check_choice("experiment", args.experiment, EXPERIMENTS)] if args.experiment is not None else [name for name in EXPERIMENTS if results_dir(name).exists()] or EXPERIMENTS
     done, stored, wrong, reasons = zip(*(_verify(name, args.stage or (), args.train) for name in names))
     if not sum(done):
@@ -478,9 +480,9 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("experiment", nargs="?", help="default: all that have results")
     verify.add_argument("--stage", action="append", help="only this stage (may be given several times)")
     verify.add_argument("--all", action="store_true", help="all experiments, resumable; the report is results/VERIFIED.md")
-    verify.add_argument("--again", action="store_true", help="with --all: make what came out the same before once more")
-    verify.add_argument("--train", action="store_true", help="train what a stage needs and is not here, some minutes to an hour a stage")
-    verify.add_argument("--minutes", type=float, default=60.0, help="with --all: start no stage that would end later; default 60")
+    verify.add_argument("--again", action="store_true", help="with --all: make what came out the same before once more; takes hours unless --minutes says less")
+    verify.add_argument("--train", action="store_true", help="with an experiment: train what its stages need and is not here, which takes hours")
+    verify.add_argument("--minutes", type=float, help="with --all: start no stage that would end later; default 60, with --again none")
     for command in (train, run, verify): _spreading(command)
     add("report", cmd_report)
     bench = add("bench", cmd_bench)

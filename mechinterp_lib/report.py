@@ -78,21 +78,21 @@ def remember(name: str, stage: str, found: dict) -> None:
         write_json(path, {key: dict(sorted(known[key].items())) for key in sorted(known)})
 
 # %% ../nbs/19_report.ipynb #00da2ded
-def waiting(names: Sequence[str], train: bool = False, again: bool = False) -> tuple[list[tuple[str, str, Stage]], dict[tuple[str, str], str]]:
-    "The stages that can be made again here (with `train` those, too, that train their models first) and have not come out the same with the code and the files that are here (with `again` whether or not they have), the quickest first; and why others are not among them, nothing for what has come out the same."
+def waiting(names: Sequence[str], again: bool = False) -> tuple[list[tuple[str, str, Stage]], dict[tuple[str, str], str]]:
+    "The stages that can be made again here and have not come out the same with the code and the files that are here (with `again` whether or not they have), the quickest first; and why others are not among them, nothing for what has come out the same."
     todo, left = [], {}
     for name in names:
         for stage, work in experiment(name).STAGES.items():
             record = load_stages(name).get(stage)
             if record is None: left[name, stage] = "nothing stored"
-            elif not (train and work.trains) and (reason := work.missing()): left[name, stage] = reason
+            elif reason := work.missing(): left[name, stage] = reason
             elif not again and confirmed(name, stage): left[name, stage] = ""
             else: todo.append((record.get("seconds", 0.0), name, stage, work))
     return [(name, stage, work) for _, name, stage, work in sorted(todo, key=lambda one: one[:3])], left
 
-def verify_all(names: Sequence[str], minutes: float | None = 60.0, train: bool = False, again: bool = False) -> Iterator[tuple[str, str, dict | str]]:
+def verify_all(names: Sequence[str], minutes: float | None = 60.0, again: bool = False) -> Iterator[tuple[str, str, dict | str]]:
     "Make stages again (those that are `waiting`), the quickest first, while the time of those that took so long before is not over; each is written down when it is done, and not made again while nothing changes. Yields experiment, stage, and what was found or why it was left: nothing, if it has come out the same before."
-    todo, left = waiting(names, train, again)
+    todo, left = waiting(names, again)
     yield from ((*place, reason) for place, reason in left.items())
     ends = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     for name, stage, work in todo:
@@ -117,7 +117,7 @@ def verified_page() -> str:
             why = work.missing() or ("its code, files or numbers have changed since" if again else "not made again yet")
             undone.append(f"| {EXPERIMENTS[name]} | {stage}{' (trains)' if work.trains else ''} | {len(record['results']):,} | {record.get('seconds', 0) / 60:.0f} | {why} |")
     made = sum(again["n"] for again in done)
-    return "\n".join(["# What was made again", "", f"{made:,} of {made + left:,} numbers ({len(done)} of {len(done) + len(undone)} stages) were made again, from the models or from tables that other stages stored, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. Two numbers differ if they are further apart than a thousandth of the stored one plus a hundredth of its interval (at least a millionth), or plus a ten-thousandth where it has no interval; the ends of the interval and n are compared in the same way. `mechinterp verify --all` goes on with what is left, `--again` makes all of it once more; what *trains* needs models that are not shipped, which `--train` trains first.", "",
+    return "\n".join(["# What was made again", "", f"{made:,} of {made + left:,} numbers ({len(done)} of {len(done) + len(undone)} stages) were made again, from the models or from tables that other stages stored, with {sum(len(again['differences']) for again in done)} differences, in {sum(again['seconds'] for again in done) / 60:.0f} minutes. Two numbers differ if they are further apart than a thousandth of the stored one plus a hundredth of its interval (at least a millionth), or plus a ten-thousandth where it has no interval; the ends of the interval and n are compared in the same way. `mechinterp verify --all` goes on with what is left, with `--again` all of it is made once more; what *trains* needs models that are not shipped, which `mechinterp verify EXPERIMENT --stage STAGE --train` trains first.", "",
                       "| experiment | stage | numbers | differ | largest move | minutes |", "|---|---|---|---|---|---|", *rows, "", f"{len(undone)} stages were not made again.", "", "| experiment | stage | numbers | minutes it took | why |", "|---|---|---|---|---|", *undone, ""])
 
 # %% ../nbs/19_report.ipynb #50f1a3b4
@@ -239,14 +239,15 @@ def models_table() -> str:
         rows.append(f"| `{family}` | {sum(not name.endswith('-early') for name in names)} | {about['parameters']:,} | {about['n_layers']} x {about['n_heads']} | {about['d_model']} |")
     return "\n".join(["| models | seeds | parameters | layers x heads | width |", "|---|---|---|---|---|", *rows])
 
+# %% ../nbs/19_report.ipynb #f75fbdfa
 def others_table() -> str:
-    "What findings speak of besides the shipped models, how many there are by the stored tables, and where they come from, as a Markdown table."
+    "What findings speak of besides the finished models that are shipped, how many there are by the stored tables, and where they come from, as a Markdown table."
     def of(name: str, table: str, *by: str) -> int:
         "Rows of a stored table, or how many values there are of some of its columns; none without the table."
         if not (results_dir(name) / f"{table}.csv").exists(): return 0
         rows = load_table(name, table)
         return len(rows.drop_duplicates([*by]) if by else rows)
-    trained = lambda name, stage: f"`mechinterp run {name} --stage {stage}` trains them"
+    def trained(name: str, stage: str) -> str: return f"`mechinterp run {name} --stage {stage}` trains them"
     rows = [("the addition models when half trained", of("addition_circuits", "halfway", "model", "seed"), "addition_circuits", "shipped, `addition-gpt2/seed0-early` and so on"),
             ("diets of the induction chapter", of("induction_heads", "diets"), "induction_heads", trained("induction_heads", "diets")),
             ("sparse autoencoders of `shakespeare` and of the same model untrained", of("sae_features", "quality"), "sae_features", f"some are shipped; {trained('sae_features', 'quality')}"),

@@ -133,7 +133,9 @@ def test_run_and_verify_spread_an_experiment(cluster, place, monkeypatch, capsys
     for module, name in ((cli, "_experiment"), (report, "experiment")): monkeypatch.setattr(module, name, lambda name: SimpleNamespace(STAGES={"stage": Stage(make, {})}))
     def said(*words):
         assert cli.main([words[0], "induction_heads", *words[1:]]) == 0
-        return capsys.readouterr().out
+        out, err = capsys.readouterr()
+        assert ("on a Ray cluster with" in err) == ("ray" in words)
+        return out
     written, spread = place / "home" / "results" / "induction_heads" / "summary.json", ["--executor", "ray", "--address", cluster.address]
     said("run", *spread)
     there = written.read_bytes()
