@@ -305,7 +305,7 @@ HELD = {"held": "share of the edges of the last circuit that are in the circuit 
 
 def held(overlap: pd.Series, edges: pd.Series, last: pd.Series) -> pd.Series:
     "The share of the last circuit's edges that are in another one, from how far the two overlap (edges in both, as a share of those in either) and how many edges each has."
-    return (overlap * (edges + last) / ((1 + overlap) * last)).clip(None, 1.0)                # stored overlaps are rounded
+    return (overlap * (edges + last) / ((1 + overlap) * last)).clip(None, 1.0).round(4)       # overlaps are stored to four digits
 
 def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
     "The stored courses where half of the skill is there; and how much of the last circuit is in the one found then, and in the one found at onset."
