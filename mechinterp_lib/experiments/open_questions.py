@@ -672,10 +672,10 @@ def _kept_copies(seed: int) -> str: return "kept_" if seed >= 2 else ""
 
 def _fresh(seed: int) -> str: return "fresh_"
 
-def runs_missing(runs: Sequence[tuple[Recipe, int, int]]) -> str | None:
+def runs_missing(stage: str, runs: Sequence[tuple[Recipe, int, int]]) -> str | None:
     "Why what is trained cannot be asked here without training, or None."
     gone = sum(not snapshot_path(recipe, seed, until).exists() for recipe, seed, until in runs)
-    return f"{gone} of {len(runs)} trainings are not here; mechinterp run {EXPERIMENT} --stage ... trains them, some minutes each" if gone else None
+    return f"{gone} of {len(runs)} trainings are not here; mechinterp verify {EXPERIMENT} --stage {stage} --train trains them, some minutes each" if gone else None
 
 # %% ../../nbs/27_open_questions.ipynb #28e03717
 def _sizes(of: pd.DataFrame, task: str, layers: Sequence[int] = LAYERS, heads: Sequence[int] = HEADS, widths: Sequence[int] = WIDTHS) -> pd.DataFrame:
@@ -728,11 +728,11 @@ _failing_files = partial(subject_files, ("addition-gpt2", "addition-qwen", "shak
 def _claim_files() -> list[Path]: return sorted({path for claim in CLAIMS for path in stored_tables(claim.experiment, [claim.table])})
 
 STAGES = {
-    "evolution": Stage(evolution_stage, {"pairs": PAIRS, "random": RANDOM}, FOLLOWED, list, lambda: runs_missing(_course_runs()), trains=True),
-    "kept": Stage(kept_stage, {"pairs": PAIRS, "random": RANDOM}, CONFIRMED, list, lambda: runs_missing(_kept_runs()), trains=True),
+    "evolution": Stage(evolution_stage, {"pairs": PAIRS, "random": RANDOM}, FOLLOWED, list, lambda: runs_missing("evolution", _course_runs()), trains=True),
+    "kept": Stage(kept_stage, {"pairs": PAIRS, "random": RANDOM}, CONFIRMED, list, lambda: runs_missing("kept", _kept_runs()), trains=True),
     "halfway": Stage(halfway_stage, {"skill": 0.5}, range(10), partial(stored_tables, EXPERIMENT, _COURSES), partial(tables_missing, EXPERIMENT, _COURSES)),
-    "smallest": Stage(smallest_stage, {"layers": list(LAYERS), "heads": list(HEADS), "widths": list(WIDTHS)}, GRID_SEEDS, list, lambda: runs_missing(_grid_runs()), trains=True),
-    "longer": Stage(longer_stage, {"sizes": [list(size) for size in LONGER], "times": TIMES}, GRID_SEEDS, list, lambda: runs_missing(_longer_runs()), trains=True),
+    "smallest": Stage(smallest_stage, {"layers": list(LAYERS), "heads": list(HEADS), "widths": list(WIDTHS)}, GRID_SEEDS, list, lambda: runs_missing("smallest", _grid_runs()), trains=True),
+    "longer": Stage(longer_stage, {"sizes": [list(size) for size in LONGER], "times": TIMES}, GRID_SEEDS, list, lambda: runs_missing("longer", _longer_runs()), trains=True),
     "firm": Stage(firm_stage, {"claims": len(CLAIMS)}, range(10), _claim_files),
     "failures": Stage(failures_stage, {"prompts": PROMPTS, "texts": TEXTS}, range(10), _failing_files, corpus_missing),
     "fresh": Stage(fresh_stage, {"prompts": PROMPTS, "texts": TEXTS}, range(2, 10), _failing_files, corpus_missing),
@@ -745,8 +745,8 @@ def findings(results: dict[str, Result]) -> list[str]:
     sentences = [
         ("Where half of its skill is there, the edges of the last circuit of a model that copies do {} of the difference between two prompts, the best of twenty random circuits with edges of the same kinds {}, and less in a share of {} of the models; to do nine tenths takes {} of all edges then, {} in the end. The circuit found at onset holds {} of the edges of the last one, and {} of random ones of the same kinds. In models that add, at the first moment at which they tell two sums apart, the last circuit's edges do {} and the best random ones {}.",
          "copying_kept_half_last", "copying_kept_half_random", "copying_kept_half_above", "copying_kept_half_edge_share", "copying_kept_end_edge_share", "copying_kept_onset_held", "copying_kept_onset_held_random", "addition_kept_onset_last", "addition_kept_onset_random"),
-        ("Within one budget of training only some models of three layers copy random strings: at width 64 with one head a layer {} of them, with four {}; with two layers and one head {}, and after four times as many steps {}. For two-digit sums one layer of four heads is enough, {} right at width 32. Of the models that copy half or more a share of {} has a head that passes for an induction head, of the others {}.", "grid_copying_3x1x64", "grid_copying_3x4x64", "grid_copying_2x1x64", "grid_longer_2x1x64", "grid_addition_1x4x32", "grid_able", "grid_unable"),
-        (f"Of the headline claims of this book, with bounds set when the means were known, a share of {{}} holds in every seed that it can be asked of, {{}} without {sum(not claim.own for claim in CLAIMS)} that are told twice or had to hold; of all claims and seeds {{}}. A share of {{}} has an effect whose standard deviation over seeds is below a quarter of its size.", "claims_in_all", "claims_in_all_own", "claims_held", "claims_steady"),
+        ("Within one budget of training, of models with MLPs and at most width 64 only some of three layers copy random strings: at width 64 with one head a layer {} of them, with four {}; with two layers and one head {}, and after four times as many steps {}. For two-digit sums one layer of four heads is enough, {} right at width 32. Of the models that copy half or more a share of {} has a head that passes for an induction head, of the others {}.", "grid_copying_3x1x64", "grid_copying_3x4x64", "grid_copying_2x1x64", "grid_longer_2x1x64", "grid_addition_1x4x32", "grid_able", "grid_unable"),
+        (f"Of the findings behind the cards of this book (those behind cards that fail, too), as claims with bounds set when the means were known, a share of {{}} holds in every seed that it can be asked of, {{}} without {sum(not claim.own for claim in CLAIMS)} that are told twice or had to hold; of all claims and seeds {{}}. A share of {{}} has an effect whose standard deviation over seeds is below a quarter of its size.", "claims_in_all", "claims_in_all_own", "claims_held", "claims_steady"),
         ("Where a model that copies passages is about to be wrong, its confidence tells with an AUROC of {}, what its induction heads look at with {}, how ambiguous the letters are with {}; heads beside them tell {}.", "shakespeare_induction_kept_confidence", "shakespeare_induction_kept_circuit", "shakespeare_induction_kept_difficulty", "shakespeare_induction_kept_control"),
         ("In half-trained models that add, the circuit tells wrong digits no better than the sum itself does, {} against {} (GPT-2 blocks) and {} against {} (Qwen3), nor than confidence, {} and {}; to confidence it adds {} and {}, as many numbers read elsewhere {} and {}.",
          *(f"addition_{blocks}_early_kept_{told}" for blocks in ("gpt2", "qwen") for told in ("circuit", "difficulty")), "addition_gpt2_early_kept_confidence", "addition_qwen_early_kept_confidence",
