@@ -107,6 +107,8 @@ def verify_all(names: Sequence[str], minutes: float | None = 60.0, again: bool =
 def verified_page() -> str:
     "What was made again with the code and the files that are here, as Markdown: how many numbers of each stage, how many differ, by how much the one that moved most did; and what has not been, and why."
     rows, undone, done, left = [], [], [], 0
+    record: Any
+    again: Any
     for name, stage, work in [(name, *one) for name in EXPERIMENTS if (results_dir(name) / "provenance.json").exists() for one in experiment(name).STAGES.items()]:
         record, again = load_stages(name).get(stage), verified().get(name, {}).get(stage)
         try: same = record is not None and bool(again) and again["fingerprint"] == fingerprint(name, stage)
