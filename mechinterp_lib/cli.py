@@ -332,7 +332,9 @@ def _verify(name: str, only: Sequence[str] = (), train: bool = False) -> tuple[i
         elif not (train and work[stage].trains) and (why := work[stage].missing()): reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers not recomputed: {why}")
         else:
             try: some, lines = _verify_stage(name, stage, work[stage], stages[stage])
-            except InputError as error: reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers could not be made: {error}")
+            except InputError as error:
+                wrong += 1                                                                      # what cannot be made is not confirmed
+                reasons.append(f"{name}/{stage}: {len(stages[stage]['results'])} numbers could not be made: {error}")
             else: done, wrong = done + some, wrong + lines; continue
         print(reasons[-1])
     if loose := [] if only else sorted(stored.keys() - {key for record in stages.values() for key in record["results"]}):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mechinterp_lib import attention_analysis, cli, report
-from mechinterp_lib.core import Result, Stage, run_stage, write_json
+from mechinterp_lib.core import InputError, Result, Stage, run_stage, write_json
 from mechinterp_lib.data import char_tokenizer, check_splits, read_problems
 from mechinterp_lib.models import new_model, save_model
 from mechinterp_lib.training import load_recipe, run_dir
@@ -280,6 +280,13 @@ def test_every_command_is_stopped_with_one_line(monkeypatch, capsys):
         monkeypatch.setattr(cli, f"cmd_{command}", stopped)
         assert cli.main([command, *words]) == 130 and capsys.readouterr() == ("", "mechinterp: stopped\n"), command
     assert {name.removeprefix("cmd_") for name in vars(cli) if name.startswith("cmd_")} == STOPPED.keys()
+
+
+def test_a_stage_that_cannot_be_made_does_not_hide_the_others(experiment, capsys):
+    def broken(): raise InputError("corpus", "letters", "it is not here")
+    experiment["first"] = replace(experiment["first"], make=broken)
+    said = verify(capsys, 1)
+    assert f"{NAME}/first: 2 numbers could not be made: corpus" in said and f"{NAME}/second: 1 numbers recomputed, 0 differences" in said
 
 
 def test_report(experiment, place, capsys):

@@ -486,7 +486,7 @@ def _dictionary(layer: int, trained: bool = True) -> str: return f"trained == {t
 
 CARDS |= {
     "An autoencoder finds what is there": (
-        Claim("sae_features", "an autoencoder finds more of a planted dictionary than one that has learned nothing, or principal components", "planted", "axis == 'active' and value == 4", least=_ABOVE, value="recall", minus_value="untrained_recall"),
+        Claim("sae_features", "an autoencoder finds more of a planted dictionary than one that has learned nothing", "planted", "axis == 'active' and value == 4", least=_ABOVE, value="recall", minus_value="untrained_recall"),
         Claim("sae_features", "with sixteen entries at a time an autoencoder finds less than half", "planted", "axis == 'active' and value == 16", most=0.5, value="recall"),
     ),
     "A dictionary has features for what the model is known to work with": (
@@ -508,7 +508,7 @@ CARDS |= {
     ),
     "Another seed finds the same features": (
         Claim("sae_features", "less than half of the features have a partner in another seed", "agreement", "model in ('trained_2_32_768', 'trained_4_32_768')", most=0.5, value="agree"),
-        Claim("sae_features", "less than half have one with eight features active", "agreement", "model in ('trained_2_8_768', 'trained_4_8_768')", most=0.5, value="agree"),
+        Claim("sae_features", "with eight features active less than half have a partner in another seed", "agreement", "model in ('trained_2_8_768', 'trained_4_8_768')", most=0.5, value="agree"),
     ),
 }
 
