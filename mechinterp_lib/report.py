@@ -251,7 +251,7 @@ def others_table() -> str:
         if not (results_dir(name) / f"{table}.csv").exists(): return 0
         rows = load_table(name, table)
         return len(rows.drop_duplicates([*by]) if by else rows)
-    def trained(name: str, stage: str) -> str: return f"`mechinterp run {name} --stage {stage}` trains them"
+    def trained(name: str, stage: str) -> str: return f"`mechinterp verify {name} --stage {stage} --train` trains them"
     rows = [("the addition models when half trained", of("addition_circuits", "halfway", "model", "seed"), "addition_circuits", "shipped, `addition-gpt2/seed0-early` and so on"),
             ("diets of the induction chapter", of("induction_heads", "diets"), "induction_heads", trained("induction_heads", "diets")),
             ("sparse autoencoders of `shakespeare` and of the same model untrained", of("sae_features", "quality"), "sae_features", f"some are shipped; {trained('sae_features', 'quality')}"),

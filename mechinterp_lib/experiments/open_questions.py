@@ -38,9 +38,10 @@ __all__ = ['EXPERIMENT', 'EXPLORED', 'CONFIRMED', 'GRID_SEEDS', 'LAYERS', 'HEADS
            'COPIES', 'TOLD', 'STAGES', 'courses', 'grid_recipe', 'grid', 'grown', 'course_task', 'found_circuit',
            'said_right', 'overlap', 'parts', 'moment', 'last_moment', 'followed', 'evolution_of', 'summed_up', 'risk',
            'told', 'confidence', 'failing_sums', 'failing_copies', 'half_trained', 'copiers', 'failures_of', 'fresh_of',
-           'failures_stage', 'fresh_stage', 'evolution_stage', 'kept_stage', 'held', 'halfway_stage', 'Claim',
-           'claim_table', 'firm_stage', 'looks_behind', 'grid_of', 'agreement', 'copiers_with_heads', 'smallest_stage',
-           'longer_recipe', 'longer_of', 'longer_stage', 'runs_missing', 'predictions_stage', 'findings']
+           'failures_stage', 'fresh_stage', 'evolution_stage', 'kept_stage', 'held', 'stored_courses', 'halfway_stage',
+           'Claim', 'claim_table', 'firm_stage', 'looks_behind', 'grid_of', 'agreement', 'copiers_with_heads',
+           'smallest_stage', 'longer_recipe', 'longer_of', 'longer_stage', 'runs_missing', 'predictions_stage',
+           'findings']
 
 # %% ../../nbs/27_open_questions.ipynb #37413e30
 EXPERIMENT, EXPLORED, CONFIRMED, GRID_SEEDS = "open_questions", range(5), range(5, 10), range(3)
@@ -307,13 +308,17 @@ def held(overlap: pd.Series, edges: pd.Series, last: pd.Series) -> pd.Series:
     "The share of the last circuit's edges that are in another one, from how far the two overlap (edges in both, as a share of those in either) and how many edges each has."
     return (overlap * (edges + last) / ((1 + overlap) * last)).clip(None, 1.0).round(4)       # overlaps are stored to four digits
 
-def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
-    "The stored courses where half of the skill is there; and how much of the last circuit is in the one found then, and in the one found at onset."
+def stored_courses() -> pd.DataFrame:
+    "All stored moments, with how much of the last circuit is in the one found then."
     import pandas as pd
     course = pd.concat([load_table(EXPERIMENT, name) for name in _COURSES], ignore_index=True)
     last = course.groupby(["model", "seed"]).edges.transform("last")
-    course = course.assign(held=held(course.overlap, course.edges, last), held_random=held(course.overlap_random, course.edges, last))
-    runs = [of for _, of in course.groupby(["model", "seed"], sort=False)]
+    return course.assign(held=held(course.overlap, course.edges, last), held_random=held(course.overlap_random, course.edges, last))
+
+def halfway_stage() -> tuple[dict[str, Result], dict[str, pd.DataFrame]]:
+    "The stored courses where half of the skill is there; and how much of the last circuit is in the one found then, and in the one found at onset."
+    import pandas as pd
+    runs = [of for _, of in stored_courses().groupby(["model", "seed"], sort=False)]
     half = pd.DataFrame([of[of.skill >= of.skill.iloc[-1] / 2].iloc[0] for of in runs])
     onset = pd.DataFrame([of[of.step == lasting_from(of.step.tolist(), of.gap.tolist(), of.gap.iloc[-1] / 4)].iloc[0] for of in runs])
     results = {}
